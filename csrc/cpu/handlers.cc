@@ -1,0 +1,99 @@
+#include "handlers.h"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <functional>
+#include <memory>
+#include <mutex>
+
+#include "../ffi_util.h"
+#include "kernels.h"
+
+namespace jax_rmsnorm {
+namespace {
+
+constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Elements a task: enough work to pay for handing it to another thread.
+constexpr int64_t kTaskElements = 32 * 1024;
+
+// Runs run(0), ..., run(tasks - 1) on XLA's threads and on this one. This thread takes tasks like the others and waits
+// only for those under way, so that it comes to an end also where it is the pool's only free thread.
+void ParallelFor(ffi::ThreadPool& pool, int64_t tasks, const std::function<void(int64_t)>& run) {
+  struct State {
+    std::atomic<int64_t> next{0};
+    int64_t done = 0;
+    std::mutex mutex;
+    std::condition_variable all_done;
+  };
+  const auto state = std::make_shared<State>();  // a thread may come when all is over and the caller gone
+  const auto work = [state, tasks, &run] {
+    int64_t finished = 0;
+    for (int64_t task; (task = state->next.fetch_add(1)) < tasks; ++finished) run(task);
+    if (finished == 0) return;
+    const std::lock_guard<std::mutex> lock(state->mutex);
+    state->done += finished;
+    if (state->done == tasks) state->all_done.notify_one();
+  };
+  const int64_t helpers = std::min(pool.num_threads(), tasks) - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::function<void()>(work));
+  work();
+  std::unique_lock<std::mutex> lock(state->mutex);
+  state->all_done.wait(lock, [&] { return state->done == tasks; });
+}
+
+ffi::Error Forward(ffi::AnyBuffer x, OptionalArg gamma, ffi::Result<ffi::AnyBuffer> y, OptionalRet rrms, float eps,
+                   bool zero_centered_gamma, bool round_before_gamma, int64_t /*sm_margin*/, ffi::ThreadPool pool) {
+  ForwardArgs args;
+  JAX_RMSNORM_RETURN_IF_ERROR(
+      DecodeForward(x, gamma, y, rrms, {eps, zero_centered_gamma, round_before_gamma}, &args));
+  const int64_t rows = args.shape.groups * args.shape.rows;
+  const int64_t rows_per_task = std::max<int64_t>(1, kTaskElements / args.shape.hidden);
+  const CpuKernels& kernels = ActiveKernels();
+  ParallelFor(pool, CeilDiv(rows, rows_per_task), [&](int64_t task) {
+    kernels.forward(args, task * rows_per_task, std::min(rows, (task + 1) * rows_per_task));
+  });
+  return ffi::Error::Success();
+}
+
+// The split of the rows into tasks, one partial row each, follows from the shape alone: dgamma has the same bits
+// on any number of threads.
+ffi::Error Backward(ffi::AnyBuffer x, ffi::AnyBuffer rrms, ffi::AnyBuffer dy, OptionalArg gamma,
+                    ffi::Result<ffi::AnyBuffer> dx, OptionalRet dgamma, OptionalRet partials,
+                    bool zero_centered_gamma, bool round_before_gamma, int64_t /*sm_margin*/, ffi::ThreadPool pool) {
+  BackwardArgs args;
+  JAX_RMSNORM_RETURN_IF_ERROR(DecodeBackward(x, rrms, dy, gamma, dx, dgamma, partials,
+                                             {0.0f, zero_centered_gamma, round_before_gamma}, &args));
+  const Shape& shape = args.shape;
+  const int64_t wanted = CeilDiv(shape.rows * shape.hidden, kTaskElements);
+  const int64_t most = args.dgamma == nullptr ? shape.rows : std::min(shape.rows, args.partial_rows);
+  const int64_t tasks_per_group = std::max<int64_t>(1, std::min(wanted, most));
+  const int64_t rows_per_task = CeilDiv(shape.rows, tasks_per_group);
+  const CpuKernels& kernels = ActiveKernels();
+  ParallelFor(pool, shape.groups * tasks_per_group, [&](int64_t task) {
+    const int64_t group = task / tasks_per_group;
+    const int64_t part = task % tasks_per_group;
+    float* partial =
+        args.dgamma == nullptr ? nullptr : args.partials + (group * args.partial_rows + part) * shape.hidden;
+    kernels.backward(args, group, std::min(shape.rows, part * rows_per_task),
+                     std::min(shape.rows, (part + 1) * rows_per_task), partial);
+  });
+  if (args.dgamma == nullptr) return ffi::Error::Success();
+
+  const int64_t columns_per_task = std::max<int64_t>(256, kTaskElements / tasks_per_group);
+  const int64_t finish_tasks = CeilDiv(shape.hidden, columns_per_task);
+  ParallelFor(pool, shape.groups * finish_tasks, [&](int64_t task) {
+    const int64_t first = task % finish_tasks * columns_per_task;
+    kernels.finish(args, task / finish_tasks, tasks_per_group, first,
+                   std::min(shape.hidden, first + columns_per_task));
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuForward, Forward, ForwardBinding().Ctx<ffi::ThreadPool>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuBackward, Backward, BackwardBinding().Ctx<ffi::ThreadPool>());
+
+}  // namespace jax_rmsnorm

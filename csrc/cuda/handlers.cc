@@ -1,0 +1,42 @@
+#include "handlers.h"
+
+#include <cuda_runtime_api.h>
+
+#include "../ffi_util.h"
+#include "launch.h"
+
+namespace jax_rmsnorm {
+namespace {
+
+ffi::Error ToError(const char* what, cudaError_t error) {
+  if (error == cudaSuccess) return ffi::Error::Success();
+  (void)cudaGetLastError();  // a launch error must not be found again by whoever asks next
+  return ffi::Error::Internal(std::string("jax_rmsnorm: CUDA ") + what + ": " + cudaGetErrorString(error));
+}
+
+ffi::Error Forward(ffi::AnyBuffer x, OptionalArg gamma, ffi::Result<ffi::AnyBuffer> y, OptionalRet rrms, float eps,
+                   bool zero_centered_gamma, bool round_before_gamma, int64_t sm_margin, cudaStream_t stream) {
+  ForwardArgs args;
+  JAX_RMSNORM_RETURN_IF_ERROR(
+      DecodeForward(x, gamma, y, rrms, {eps, zero_centered_gamma, round_before_gamma}, &args));
+  return ToError("forward", LaunchForward(args, static_cast<int>(sm_margin), stream));
+}
+
+ffi::Error Backward(ffi::AnyBuffer x, ffi::AnyBuffer rrms, ffi::AnyBuffer dy, OptionalArg gamma,
+                    ffi::Result<ffi::AnyBuffer> dx, OptionalRet dgamma, OptionalRet partials,
+                    bool zero_centered_gamma, bool round_before_gamma, int64_t sm_margin, cudaStream_t stream) {
+  BackwardArgs args;
+  JAX_RMSNORM_RETURN_IF_ERROR(DecodeBackward(x, rrms, dy, gamma, dx, dgamma, partials,
+                                             {0.0f, zero_centered_gamma, round_before_gamma}, &args));
+  return ToError("backward", LaunchBackward(args, static_cast<int>(sm_margin), stream));
+}
+
+}  // namespace
+
+// Command-buffer compatible: XLA may record the launches into a CUDA graph and replay them.
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaForward, Forward, ForwardBinding().Ctx<ffi::PlatformStream<cudaStream_t>>(),
+                              {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaBackward, Backward, BackwardBinding().Ctx<ffi::PlatformStream<cudaStream_t>>(),
+                              {ffi::Traits::kCmdBufferCompatible});
+
+}  // namespace jax_rmsnorm

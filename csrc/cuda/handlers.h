@@ -1,0 +1,11 @@
+// The XLA FFI handlers of the CUDA kernels.
+#pragma once
+
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_rmsnorm {
+
+XLA_FFI_DECLARE_HANDLER_SYMBOL(CudaForward);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(CudaBackward);
+
+}  // namespace jax_rmsnorm

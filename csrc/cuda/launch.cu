@@ -1,0 +1,150 @@
+// From a problem to kernels: alignment, configuration, dispatch on dtypes, and the finish of dgamma.
+#include "launch.h"
+
+#include <algorithm>
+#include <atomic>
+
+#include "backward.cuh"
+#include "forward.cuh"
+
+namespace jax_rmsnorm {
+
+// Each compiled in a file of its own, so that they build in parallel.
+extern template cudaError_t LaunchForwardAs<float>(const ForwardArgs&, const LaunchConfig&, cudaStream_t);
+extern template cudaError_t LaunchForwardAs<__nv_bfloat16>(const ForwardArgs&, const LaunchConfig&, cudaStream_t);
+extern template cudaError_t LaunchForwardAs<__half>(const ForwardArgs&, const LaunchConfig&, cudaStream_t);
+#define JAX_RMSNORM_EXTERN_BACKWARD(T)                                                                             \
+  extern template cudaError_t LaunchBackwardAs<T, float>(const BackwardArgs&, const LaunchConfig&, cudaStream_t); \
+  extern template cudaError_t LaunchBackwardAs<T, __nv_bfloat16>(const BackwardArgs&, const LaunchConfig&,        \
+                                                                 cudaStream_t);                                   \
+  extern template cudaError_t LaunchBackwardAs<T, __half>(const BackwardArgs&, const LaunchConfig&, cudaStream_t)
+JAX_RMSNORM_EXTERN_BACKWARD(float);
+JAX_RMSNORM_EXTERN_BACKWARD(__nv_bfloat16);
+JAX_RMSNORM_EXTERN_BACKWARD(__half);
+#undef JAX_RMSNORM_EXTERN_BACKWARD
+
+namespace {
+
+// Whether each row of a [.., hidden] tensor at `data` begins where `width` elements can be read in accesses of up
+// to 16 bytes. A null tensor is no obstacle.
+bool RowsAligned(const void* data, DType dtype, int64_t hidden, int64_t width) {
+  const int64_t access = std::min<int64_t>(16, width * SizeOf(dtype));
+  return data == nullptr || (hidden % width == 0 && reinterpret_cast<uintptr_t>(data) % access == 0);
+}
+
+constexpr int kFinishColumns = 32;
+constexpr int kFinishRows = 32;
+
+// Grid: (ceil(hidden / 32), groups, 1) blocks of 32 x 32. Each block adds up `count` partial rows of 32 columns: every
+// thread its column of each 32nd row, then one warp the 32 sums, always in the same order.
+__global__ __launch_bounds__(kFinishColumns* kFinishRows) void FinishKernel(
+    const float* __restrict__ partials, int64_t partial_rows, int64_t count, int64_t groups, int64_t hidden,
+    void* __restrict__ dgamma, DType dtype) {
+  __shared__ float sums[kFinishRows][kFinishColumns];
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kFinishColumns + threadIdx.x;
+  for (int64_t group = blockIdx.y; group < groups; group += gridDim.y) {
+    float sum = 0.0f;
+    if (column < hidden) {
+      const float* from = partials + group * partial_rows * hidden + column;
+#pragma unroll 8
+      for (int64_t row = threadIdx.y; row < count; row += kFinishRows) sum += from[row * hidden];
+    }
+    sums[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y == 0 && column < hidden) {
+      float total = 0.0f;
+#pragma unroll
+      for (int row = 0; row < kFinishRows; ++row) total += sums[row][threadIdx.x];
+      const float values[1] = {total};
+      StoreAs(dtype, dgamma, group * hidden + column, values);
+    }
+    __syncthreads();
+  }
+}
+
+cudaError_t LaunchFinish(const BackwardArgs& args, int64_t count, cudaStream_t stream) {
+  constexpr int64_t kMaxGridY = 65535;
+  const Shape& shape = args.shape;
+  const dim3 grid(static_cast<unsigned>((shape.hidden + kFinishColumns - 1) / kFinishColumns),
+                  static_cast<unsigned>(std::min(shape.groups, kMaxGridY)));
+  const dim3 block(kFinishColumns, kFinishRows);
+  FinishKernel<<<grid, block, 0, stream>>>(args.partials, args.partial_rows, count, shape.groups, shape.hidden,
+                                           args.dgamma, args.gamma_dtype);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t CurrentDevice(Device* device) {
+  constexpr int kDevices = 64;
+  static std::atomic<bool> known[kDevices];
+  static Device devices[kDevices];
+  int ordinal = 0;
+  cudaError_t error = cudaGetDevice(&ordinal);
+  if (error != cudaSuccess) return error;
+  if (ordinal < kDevices && known[ordinal].load(std::memory_order_acquire)) {
+    *device = devices[ordinal];
+    return cudaSuccess;
+  }
+  int major = 0;
+  for (const auto& [attribute, value] : {std::pair{cudaDevAttrMultiProcessorCount, &device->sm_count},
+                                         std::pair{cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared_memory},
+                                         std::pair{cudaDevAttrComputeCapabilityMajor, &major}}) {
+    error = cudaDeviceGetAttribute(value, attribute, ordinal);
+    if (error != cudaSuccess) return error;
+  }
+  // Clusters of 16 are what data-centre chips allow beyond the portable 8.
+  device->max_cluster = major < 9 ? 1 : major < 12 ? 16 : 8;
+  if (ordinal < kDevices) {
+    static std::atomic_flag writing = ATOMIC_FLAG_INIT;
+    if (!writing.test_and_set(std::memory_order_acquire)) {
+      devices[ordinal] = *device;
+      known[ordinal].store(true, std::memory_order_release);
+      writing.clear(std::memory_order_release);
+    }
+  }
+  return cudaSuccess;
+}
+
+cudaError_t LaunchForward(const ForwardArgs& args, int margin, cudaStream_t stream) {
+  const Shape& shape = args.shape;
+  if (shape.groups == 0 || shape.rows == 0) return cudaSuccess;
+  Device device;
+  const cudaError_t error = CurrentDevice(&device);
+  if (error != cudaSuccess) return error;
+  const int64_t width = 16 / SizeOf(args.x_dtype);
+  const bool aligned = RowsAligned(args.x, args.x_dtype, shape.hidden, width) &&
+                       RowsAligned(args.y, args.y_dtype, shape.hidden, width) &&
+                       RowsAligned(args.gamma, args.gamma_dtype, shape.hidden, width);
+  const LaunchConfig config = ConfigureForward(device, shape, args.x_dtype, aligned, margin);
+  return WithType(args.x_dtype, [&](auto x) { return LaunchForwardAs<decltype(x)>(args, config, stream); });
+}
+
+cudaError_t LaunchBackward(const BackwardArgs& args, int margin, cudaStream_t stream) {
+  const Shape& shape = args.shape;
+  if (shape.groups == 0) return cudaSuccess;
+  if (shape.rows == 0) {  // no rows: dgamma is a sum of nothing
+    if (args.dgamma == nullptr) return cudaSuccess;
+    return cudaMemsetAsync(args.dgamma, 0, shape.groups * shape.hidden * SizeOf(args.gamma_dtype), stream);
+  }
+  Device device;
+  cudaError_t error = CurrentDevice(&device);
+  if (error != cudaSuccess) return error;
+  const int64_t width = 16 / std::min(SizeOf(args.x_dtype), SizeOf(args.dy_dtype));
+  const bool aligned = RowsAligned(args.x, args.x_dtype, shape.hidden, width) &&
+                       RowsAligned(args.dx, args.x_dtype, shape.hidden, width) &&
+                       RowsAligned(args.dy, args.dy_dtype, shape.hidden, width) &&
+                       RowsAligned(args.gamma, args.gamma_dtype, shape.hidden, width);
+  const int64_t partial_rows = args.dgamma == nullptr ? shape.rows : args.partial_rows;
+  const LaunchConfig config =
+      ConfigureBackward(device, shape, args.x_dtype, args.dy_dtype, aligned, partial_rows, margin);
+  error = WithType(args.x_dtype, [&](auto x) {
+    return WithType(args.dy_dtype, [&](auto dy) {
+      return LaunchBackwardAs<decltype(x), decltype(dy)>(args, config, stream);
+    });
+  });
+  if (error != cudaSuccess || args.dgamma == nullptr || config.blocks_per_group == 1) return error;
+  return LaunchFinish(args, config.blocks_per_group, stream);
+}
+
+}  // namespace jax_rmsnorm

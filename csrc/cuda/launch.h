@@ -1,0 +1,49 @@
+// What the handlers call: from a problem to kernels on a stream. Nothing here allocates, synchronises or tunes.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../problem.h"
+#include "config.h"
+
+namespace jax_rmsnorm {
+
+// Reads the current device's limits, once a device.
+cudaError_t CurrentDevice(Device* device);
+
+cudaError_t LaunchForward(const ForwardArgs& args, int margin, cudaStream_t stream);
+cudaError_t LaunchBackward(const BackwardArgs& args, int margin, cudaStream_t stream);
+
+// Launches `kernel(params)` in the grid, block, cluster and shared memory of `config`.
+template <typename Params>
+cudaError_t LaunchKernel(void (*kernel)(Params), const Params& params, const LaunchConfig& config,
+                         cudaStream_t stream) {
+  constexpr int64_t kDefaultSharedMemory = 48 * 1024;
+  constexpr int kPortableCluster = 8;
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (config.shared_memory > kDefaultSharedMemory) {
+    const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(config.shared_memory));
+    if (error != cudaSuccess) return error;
+  }
+  if (config.cluster > kPortableCluster) {
+    const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(config.cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(static_cast<unsigned>(config.grid));
+  launch.blockDim = dim3(static_cast<unsigned>(config.block));
+  launch.dynamicSmemBytes = static_cast<size_t>(config.shared_memory);
+  launch.stream = stream;
+  launch.attrs = &attribute;
+  launch.numAttrs = config.cluster > 1 ? 1 : 0;
+  Params copy = params;
+  void* arguments[] = {&copy};
+  return cudaLaunchKernelExC(&launch, function, arguments);
+}
+
+}  // namespace jax_rmsnorm

@@ -1,0 +1,73 @@
+// Python module jax_rmsnorm._cuda: the handlers as capsules, and the launch configuration for tests on a host.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "config.h"
+#include "handlers.h"
+
+namespace nb = nanobind;
+
+namespace jax_rmsnorm {
+namespace {
+
+template <typename Handler>
+nb::capsule Capsule(Handler* handler) {
+  return nb::capsule(reinterpret_cast<void*>(handler));
+}
+
+DType ParseDType(const std::string& name) {
+  if (name == "float32") return DType::kF32;
+  if (name == "bfloat16") return DType::kBF16;
+  if (name == "float16") return DType::kF16;
+  throw std::invalid_argument("dtype must be float32, bfloat16 or float16, got " + name);
+}
+
+nb::dict ToDict(const LaunchConfig& config) {
+  constexpr const char* kScopes[] = {"lanes", "block", "cluster", "loop"};
+  nb::dict dict;
+  dict["scope"] = kScopes[static_cast<int>(config.scope)];
+  dict["width"] = config.width;
+  dict["packets"] = config.packets;
+  dict["threads_per_row"] = config.threads_per_row;
+  dict["block"] = config.block;
+  dict["cluster"] = config.cluster;
+  dict["grid"] = config.grid;
+  dict["stages"] = config.stages;
+  dict["shared_memory"] = config.shared_memory;
+  dict["blocks_per_group"] = config.blocks_per_group;
+  return dict;
+}
+
+nb::dict ForwardConfig(int64_t rows, int64_t hidden, const std::string& x, bool aligned, int sm_count,
+                       int shared_memory, int max_cluster, int margin) {
+  return ToDict(ConfigureForward({sm_count, shared_memory, max_cluster}, {1, rows, hidden}, ParseDType(x), aligned,
+                                 margin));
+}
+
+nb::dict BackwardConfig(int64_t rows, int64_t hidden, const std::string& x, const std::string& dy, bool aligned,
+                        int64_t groups, int64_t partial_rows, int sm_count, int shared_memory, int max_cluster,
+                        int margin) {
+  return ToDict(ConfigureBackward({sm_count, shared_memory, max_cluster}, {groups, rows, hidden}, ParseDType(x),
+                                  ParseDType(dy), aligned, partial_rows, margin));
+}
+
+}  // namespace
+}  // namespace jax_rmsnorm
+
+NB_MODULE(_cuda, m) {
+  using namespace nb::literals;  // NOLINT
+  namespace rms = jax_rmsnorm;
+  m.doc() = "XLA FFI handlers of the CUDA kernels.";
+  m.attr("architectures") = JAX_RMSNORM_CUDA_ARCHITECTURES;
+  m.def("forward", [] { return rms::Capsule(rms::CudaForward); });
+  m.def("backward", [] { return rms::Capsule(rms::CudaBackward); });
+  m.def("forward_config", &rms::ForwardConfig, nb::kw_only(), "rows"_a, "hidden"_a, "x"_a = "bfloat16",
+        "aligned"_a = true, "sm_count"_a = 132, "shared_memory"_a = 232448, "max_cluster"_a = 16, "margin"_a = 0);
+  m.def("backward_config", &rms::BackwardConfig, nb::kw_only(), "rows"_a, "hidden"_a, "x"_a = "bfloat16",
+        "dy"_a = "bfloat16", "aligned"_a = true, "groups"_a = 1, "partial_rows"_a = 1024, "sm_count"_a = 132,
+        "shared_memory"_a = 232448, "max_cluster"_a = 16, "margin"_a = 0);
+}

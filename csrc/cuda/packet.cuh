@@ -1,0 +1,164 @@
+// Packets: a few consecutive elements, moved between memory and registers in accesses of up to 16 bytes.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "../problem.h"
+
+namespace jax_rmsnorm {
+
+template <int kBytes>
+struct WordOf;
+template <>
+struct WordOf<2> {
+  using type = uint16_t;
+};
+template <>
+struct WordOf<4> {
+  using type = uint32_t;
+};
+template <>
+struct WordOf<8> {
+  using type = uint2;
+};
+template <>
+struct WordOf<16> {
+  using type = uint4;
+};
+
+__device__ __forceinline__ float ToFloat(float value) { return value; }
+__device__ __forceinline__ float ToFloat(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ float ToFloat(__half value) { return __half2float(value); }
+
+template <typename T>
+__device__ __forceinline__ T FromFloat(float value) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(value);
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(value);
+  } else {
+    return value;
+  }
+}
+
+// kSize elements of T as they lie in memory, aligned to min(16, kSize * sizeof(T)) bytes.
+template <typename T, int kSize>
+struct Packet {
+  static constexpr int kBytes = kSize * static_cast<int>(sizeof(T));
+  static constexpr int kAccess = kBytes < 16 ? kBytes : 16;
+  static constexpr int kWords = kBytes / kAccess;
+  using Word = typename WordOf<kAccess>::type;
+
+  Word words[kWords];
+
+  __device__ __forceinline__ void SetZero() {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) words[w] = Word{};
+  }
+
+  // `stride`: words between the packet's own words; 1 in tensors, the thread count in shared memory.
+  __device__ __forceinline__ void Load(const void* from, int stride = 1) {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) words[w] = static_cast<const Word*>(from)[w * stride];
+  }
+
+  __device__ __forceinline__ void Store(void* to) const {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) static_cast<Word*>(to)[w] = words[w];
+  }
+
+  __device__ __forceinline__ void Get(float (&values)[kSize]) const {
+    const T* elements = reinterpret_cast<const T*>(words);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) values[i] = ToFloat(elements[i]);
+  }
+
+  __device__ __forceinline__ void Set(const float (&values)[kSize]) {
+    T* elements = reinterpret_cast<T*>(words);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) elements[i] = FromFloat<T>(values[i]);
+  }
+};
+
+// Calls f(T{}) with the element type that `dtype` names: one branch, the same for the whole grid.
+template <typename F>
+__host__ __device__ __forceinline__ decltype(auto) WithType(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kBF16:
+      return f(__nv_bfloat16{});
+    case DType::kF16:
+      return f(__half{});
+    default:
+      return f(float{});
+  }
+}
+
+// gamma's values at [column, column + kSize), one where there is no gamma. `row` is gamma's own row.
+template <int kSize>
+__device__ __forceinline__ void LoadGamma(const void* gamma, DType dtype, bool zero_centered,
+                                          int64_t offset, float (&values)[kSize]) {
+  if (gamma == nullptr) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) values[i] = 1.0f;
+    return;
+  }
+  WithType(dtype, [&](auto tag) {
+    using G = decltype(tag);
+    Packet<G, kSize> packet;
+    packet.Load(static_cast<const G*>(gamma) + offset);
+    packet.Get(values);
+  });
+  if (zero_centered) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) values[i] += 1.0f;
+  }
+}
+
+template <int kSize>
+__device__ __forceinline__ void StoreAs(DType dtype, void* to, int64_t offset,
+                                        const float (&values)[kSize]) {
+  WithType(dtype, [&](auto tag) {
+    using Y = decltype(tag);
+    Packet<Y, kSize> packet;
+    packet.Set(values);
+    packet.Store(static_cast<Y*>(to) + offset);
+  });
+}
+
+// Asynchronous copies of 16 bytes, global to shared memory, without a register in between.
+__device__ __forceinline__ void CopyAsync16(void* shared, const void* global) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(address), "l"(global) : "memory");
+}
+
+__device__ __forceinline__ void CommitCopies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+
+template <int kPending>
+__device__ __forceinline__ void WaitCopies() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+// Waits until at most `pending` of this thread's groups are under way; 0 to 6.
+__device__ __forceinline__ void WaitCopies(int pending) {
+  switch (pending) {
+    case 1:
+      return WaitCopies<1>();
+    case 2:
+      return WaitCopies<2>();
+    case 3:
+      return WaitCopies<3>();
+    case 4:
+      return WaitCopies<4>();
+    case 5:
+      return WaitCopies<5>();
+    case 6:
+      return WaitCopies<6>();
+    default:
+      return WaitCopies<0>();
+  }
+}
+
+}  // namespace jax_rmsnorm

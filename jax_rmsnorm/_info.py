@@ -1,0 +1,56 @@
+"""What is installed and what was loaded, for bug reports and for the question whether the kernels run."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import TypeAlias
+
+import jax
+import jaxlib
+
+from . import _ffi
+
+Info: TypeAlias = "dict[str, str | Info]"
+
+
+def info() -> Info:
+    """Versions, and for each kernel module whether it loaded, for which devices, and the reason where not.
+
+    Does not start JAX's backends.
+
+    Returns:
+        A mapping of strings, nested one level: "versions", "cpu kernels", "cuda kernels".
+    """
+    try:
+        own = version("jax-rmsnorm")
+    except PackageNotFoundError:
+        own = "not installed: imported from its sources"
+    return {
+        "versions": {
+            "jax_rmsnorm": own,
+            "jax": jax.__version__,
+            "jaxlib": jaxlib.__version__,
+            "python": platform.python_version(),
+        },
+        "cpu kernels": _describe_cpu(),
+        "cuda kernels": _describe_cuda(),
+    }
+
+
+def _describe_cpu() -> Info:
+    module = _ffi.CPU.module
+    if module is None:
+        return {"loaded": "no", "reason": _ffi.CPU.reason}
+    return {
+        "loaded": "yes",
+        "instruction set": module.active_instruction_set(),
+        "available": ", ".join(module.instruction_sets()),
+    }
+
+
+def _describe_cuda() -> Info:
+    module = _ffi.CUDA.module
+    if module is None:
+        return {"loaded": "no", "reason": _ffi.CUDA.reason}
+    return {"loaded": "yes", "compute capabilities": module.architectures}
