@@ -13,6 +13,7 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 from jax.typing import ArrayLike, DTypeLike
 
 from ._options import Implementation, Options, Rounding, SMMargin
@@ -119,13 +120,19 @@ def _normalized_shape(
 
 
 def _to_shape(value: int | Sequence[int]) -> tuple[int, ...]:
+    values = tuple(value) if isinstance(value, Sequence) else (value,)
     try:
-        values = (value,) if jnp.ndim(value) == 0 else tuple(value)  # type: ignore[arg-type]
-        return tuple(v if jax.core.is_symbolic_dim(v) else operator.index(v) for v in values)
-    except (TypeError, ValueError):
+        return tuple(v if is_symbolic_dim(v) else _to_length(v) for v in values)
+    except TypeError:
         raise TypeError(
             f"normalized_shape must be an int or a sequence of ints, got {value!r}"
         ) from None
+
+
+def _to_length(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
 
 
 def _check_word(name: str, value: Any, allowed: Sequence[Any]) -> None:
@@ -138,9 +145,13 @@ def _check_eps(eps: Any) -> float:
         raise TypeError(
             f"eps must be a number known at trace time, got {type(eps).__name__}: {eps!r}"
         )
-    if not 0 <= float(eps) <= float(np.finfo(np.float32).max):
+    try:
+        value = float(eps)
+    except OverflowError:
+        value = math.inf
+    if not 0 <= value <= float(np.finfo(np.float32).max):
         raise ValueError(f"eps must be finite in float32 and 0 or more, got {eps!r}")
-    return float(eps)
+    return value
 
 
 def _result_dtype(dtype: DTypeLike) -> np.dtype:
@@ -148,7 +159,7 @@ def _result_dtype(dtype: DTypeLike) -> np.dtype:
         result = jax.dtypes.canonicalize_dtype(dtype)
     except TypeError:
         result = None
-    if result not in _DTYPES:
+    if result is None or result not in _DTYPES:  # None alone would compare equal to float64
         raise TypeError(f"dtype must be {_DTYPE_NAMES}, got {dtype!r}")
     return result
 
@@ -165,7 +176,9 @@ def _check_margin(margin: Any) -> SMMargin:
     values = dataclasses.asdict(margin)
     for kind, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | np.integer):
-            raise TypeError(f"sm_margin must be an int or an SMMargin of ints, got {kind}={value!r}")
+            raise TypeError(
+                f"sm_margin must be an int or an SMMargin of ints, got {kind}={value!r}"
+            )
         if value < 0:
             raise ValueError(f"sm_margin must be 0 or more, got {kind}={value}")
     if any(values.values()) and (count := _sm_count()) is not None:
@@ -183,7 +196,9 @@ def _margin_from_environment(kind: str) -> int:
         if text is None:
             continue
         if not text.strip().isdecimal():
-            raise ValueError(f"environment variable {name} must be an int of 0 or more, got {text!r}")
+            raise ValueError(
+                f"environment variable {name} must be an int of 0 or more, got {text!r}"
+            )
         return int(text)
     return 0
 

@@ -7,5 +7,8 @@ from . import _ffi
 DISABLED_EXPORT_CHECKS: tuple[DisabledSafetyCheck, ...] = tuple(
     DisabledSafetyCheck.custom_call(target) for target in (_ffi.FORWARD, _ffi.BACKWARD)
 )
-"""For ``jax.export.export(f, disabled_checks=jax_rmsnorm.DISABLED_EXPORT_CHECKS)``: `jax.export` refuses custom calls that
-it does not know to be stable. These are: their operands and attributes change with the package's major version only."""
+"""For ``jax.export.export(f, disabled_checks=jax_rmsnorm.DISABLED_EXPORT_CHECKS)``.
+
+`jax.export` refuses custom calls that it does not know to be stable. These are: their operands and attributes change
+with the package's major version only.
+"""

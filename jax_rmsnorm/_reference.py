@@ -33,9 +33,7 @@ def _expand_groups(gamma: jax.Array, ndim: int) -> jax.Array:
     return gamma.reshape(*groups, *(1,) * (ndim - gamma.ndim), hidden)
 
 
-def _effective_gamma(
-    gamma: jax.Array, ndim: int, dtype: jnp.dtype, options: Options
-) -> jax.Array:
+def _effective_gamma(gamma: jax.Array, ndim: int, dtype: jnp.dtype, options: Options) -> jax.Array:
     gamma = _expand_groups(gamma.astype(dtype), ndim)
     return gamma + 1 if options.zero_centered_gamma else gamma
 
@@ -54,9 +52,7 @@ def _round_to_jvp(
     return _round_to(primals[0], dtype), tangents[0]
 
 
-def forward(
-    x: jax.Array, gamma: jax.Array | None, options: Options
-) -> tuple[jax.Array, jax.Array]:
+def forward(x: jax.Array, gamma: jax.Array | None, options: Options) -> tuple[jax.Array, jax.Array]:
     """Returns y [..., H] in ``options.out_dtype`` and the reciprocal RMS [...] in the compute dtype."""
     dtype = compute_dtype(x.dtype, options.out_dtype, *(() if gamma is None else (gamma.dtype,)))
     wide = x.astype(dtype)

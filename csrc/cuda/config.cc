@@ -105,6 +105,7 @@ LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x
                                int64_t partial_rows, int margin) {
   constexpr int kThreadsPerSM = 512;  // at up to 128 registers each, which the kernels' launch bounds grant
   constexpr int kMaxStages = 6;
+  constexpr int kOtherSharedMemory = 6 * 1024;  // a block's sums (up to 4 KiB in a cluster), and the system's 1 KiB
   const auto narrow = std::min(SizeOf(x), SizeOf(dy));
   const int width = aligned ? static_cast<int>(16 / narrow) : 1;
   const Limits limits{256, kThreadsPerSM, 2, 4};
@@ -113,7 +114,7 @@ LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x
   const int blocks_per_sm = std::max(1, kThreadsPerSM / config.block);
   if (aligned && config.scope != Scope::kLoop) {
     const int64_t stage = int64_t{config.block} * config.packets * width * (SizeOf(x) + SizeOf(dy));
-    const int64_t budget = (device.shared_memory - 1024 * blocks_per_sm) / blocks_per_sm;
+    const int64_t budget = device.shared_memory / blocks_per_sm - kOtherSharedMemory;
     config.stages = static_cast<int>(std::min<int64_t>(kMaxStages, budget / stage));
     if (config.stages < 2) config.stages = 0;
     config.shared_memory = config.stages * stage;

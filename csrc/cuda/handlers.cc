@@ -4,6 +4,7 @@
 
 #include "../ffi_util.h"
 #include "launch.h"
+#include "roof.h"
 
 namespace jax_rmsnorm {
 namespace {
@@ -31,12 +32,31 @@ ffi::Error Backward(ffi::AnyBuffer x, ffi::AnyBuffer rrms, ffi::AnyBuffer dy, Op
   return ToError("backward", LaunchBackward(args, static_cast<int>(sm_margin), stream));
 }
 
+ffi::Error Roof(ffi::AnyBuffer a, OptionalArg b, ffi::Result<ffi::AnyBuffer> out, int64_t variant,
+                cudaStream_t stream) {
+  const auto bytes = static_cast<int64_t>(a.size_bytes());
+  if (bytes % 16 != 0 || static_cast<int64_t>(out->size_bytes()) != bytes ||
+      (b && static_cast<int64_t>(b->size_bytes()) != bytes)) {
+    return Invalid("roof takes tensors of the same size, a multiple of 16 bytes");
+  }
+  return ToError("roof", LaunchRoof(a.untyped_data(), b ? b->untyped_data() : nullptr, out->untyped_data(), bytes,
+                                    static_cast<int>(variant), stream));
+}
+
 }  // namespace
 
 // Command-buffer compatible: XLA may record the launches into a CUDA graph and replay them.
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaForward, Forward, ForwardBinding().Ctx<ffi::PlatformStream<cudaStream_t>>(),
                               {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaBackward, Backward, BackwardBinding().Ctx<ffi::PlatformStream<cudaStream_t>>(),
+                              {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaRoof, Roof,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::AnyBuffer>()          // a
+                                  .OptionalArg<ffi::AnyBuffer>()  // b
+                                  .Ret<ffi::AnyBuffer>()          // out
+                                  .Attr<int64_t>("variant")
+                                  .Ctx<ffi::PlatformStream<cudaStream_t>>(),
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_rmsnorm

@@ -8,6 +8,7 @@
 
 #include "config.h"
 #include "handlers.h"
+#include "roof.h"
 
 namespace nb = nanobind;
 
@@ -63,8 +64,10 @@ NB_MODULE(_cuda, m) {
   namespace rms = jax_rmsnorm;
   m.doc() = "XLA FFI handlers of the CUDA kernels.";
   m.attr("architectures") = JAX_RMSNORM_CUDA_ARCHITECTURES;
-  m.def("forward", [] { return rms::Capsule(rms::CudaForward); });
-  m.def("backward", [] { return rms::Capsule(rms::CudaBackward); });
+  m.def("forward", [] { return rms::Capsule(rms::CudaForward); }, "The forward handler, for register_ffi_target.");
+  m.def("backward", [] { return rms::Capsule(rms::CudaBackward); }, "The backward handler, for register_ffi_target.");
+  m.def("roof", [] { return rms::Capsule(rms::CudaRoof); }, "The benchmark's copy kernels, for register_ffi_target.");
+  m.attr("roof_variants") = rms::kRoofVariants;
   m.def("forward_config", &rms::ForwardConfig, nb::kw_only(), "rows"_a, "hidden"_a, "x"_a = "bfloat16",
         "aligned"_a = true, "sm_count"_a = 132, "shared_memory"_a = 232448, "max_cluster"_a = 16, "margin"_a = 0);
   m.def("backward_config", &rms::BackwardConfig, nb::kw_only(), "rows"_a, "hidden"_a, "x"_a = "bfloat16",

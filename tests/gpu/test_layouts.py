@@ -1,0 +1,110 @@
+"""Values and gradients in every layout of the launch configuration, aligned and not, in every mix of dtypes."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from checks import DTYPES, check_call, draw
+
+import jax_rmsnorm
+from jax_rmsnorm import _ffi
+
+# Each scope, at its first and last length, in the middle, and off by one. Multiples of 8 are aligned.
+HIDDEN = (
+    *(1, 2, 3, 7, 8, 9, 16, 64, 100, 128, 256, 264, 512, 513, 640, 1000, 1024, 1032, 2048, 2560),
+    *(4096, 4097, 4100, 5120, 7168, 8192, 8200, 12_288, 16_384, 16_392, 20_001, 32_768, 50_257),
+    *(65_536, 65_544, 100_000, 131_072, 131_080, 262_144, 262_152, 524_288, 524_289, 600_000),
+)
+
+
+def test_every_scope_is_among_the_shapes():
+    seen = {
+        (config(rows=4, hidden=hidden, x=x, aligned=hidden % 8 == 0)["scope"], hidden % 8 == 0)
+        for hidden, x, config in itertools.product(
+            HIDDEN,
+            ("float32", "bfloat16"),
+            (_ffi.CUDA.module.forward_config, _ffi.CUDA.module.backward_config),
+        )
+    }
+    assert seen == set(itertools.product(("lanes", "block", "cluster", "loop"), (True, False)))
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hidden(hidden, dtype):
+    check_call((5, hidden), dtype, dtype, dtype)
+
+
+@pytest.mark.parametrize("hidden", [96, 101, 1536, 6144, 6145, 40_000, 40_001, 400_000])
+@pytest.mark.parametrize("rounding", ["once", "before_gamma"])
+def test_dtype_mixes(hidden, rounding):
+    for x, gamma, y in itertools.product(DTYPES, (None, *DTYPES), DTYPES):
+        check_call((3, hidden), x, gamma, y, rounding=rounding)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 33, 1000, 4097])
+@pytest.mark.parametrize("hidden", [24, 130, 1032, 2048, 5001, 20_480])
+def test_rows(rows, hidden):
+    check_call((rows, hidden), jnp.bfloat16, jnp.float32, jnp.bfloat16, zero_centered_gamma=True)
+
+
+@pytest.mark.parametrize("hidden", [64, 65, 3000, 40_960])
+def test_gamma_batched_by_vmap(hidden):
+    """Groups of rows with a gamma and a dgamma each: few large ones, and more than there are SMs."""
+    for groups, rows in ((3, 200), (300, 2)):
+        x, dy = (draw(i, (groups, rows, hidden), jnp.bfloat16) for i in (0, 2))
+        gamma = draw(1, (groups, hidden), jnp.float32)
+        y, vjp = jax.vjp(jax.vmap(jax_rmsnorm.rms_norm), x, gamma)
+        dx, dgamma = vjp(dy)
+        for i in range(0, groups, max(1, groups // 7)):
+            want = oracle.rms_norm(x[i], gamma[i], dy[i])
+            oracle.assert_close(y[i], want.y, what="y")
+            oracle.assert_close(dx[i], want.dx, terms=want.dx_terms, what="dx")
+            oracle.assert_close(dgamma[i], want.dgamma, terms=want.dgamma_terms, what="dgamma")
+
+
+@pytest.mark.parametrize("hidden", [72, 1024, 4096, 4100, 16_384, 65_536])
+def test_bits(hidden):
+    """The same bits again; a row's own bits in any batch, with any margin."""
+    x, dy = (draw(i, (700, hidden), jnp.bfloat16) for i in (0, 2))
+    gamma = draw(1, hidden, jnp.float32)
+
+    def run(x, dy, margin=0):
+        y, vjp = jax.vjp(lambda x, g: jax_rmsnorm.rms_norm(x, g, sm_margin=margin), x, gamma)
+        return tuple(map(np.asarray, (y, *vjp(dy))))
+
+    y, dx, dgamma = run(x, dy)
+    for again, first in zip(run(x, dy), (y, dx, dgamma), strict=True):
+        np.testing.assert_array_equal(again, first)
+    for rows in (slice(0, 1), slice(5, 21), slice(600, 700)):
+        part_y, part_dx, _ = run(x[rows], dy[rows])
+        np.testing.assert_array_equal(part_y, y[rows])
+        np.testing.assert_array_equal(part_dx, dx[rows])
+    margin_y, margin_dx, _ = run(x, dy, margin=100)
+    np.testing.assert_array_equal(margin_y, y)
+    np.testing.assert_array_equal(margin_dx, dx)
+
+
+def test_offset_pointers():
+    """A slice that XLA hands over in place begins where no 16-byte access can."""
+    x = draw(0, (64 * 128 + 1,), jnp.bfloat16)
+
+    @jax.jit
+    def norm(x):
+        return jax_rmsnorm.rms_norm(jax.lax.slice(x, (1,), (64 * 128 + 1,)).reshape(64, 128))
+
+    want = oracle.rms_norm(x[1:].reshape(64, 128), None, x[1:].reshape(64, 128))
+    oracle.assert_close(norm(x), want.y, what="y")
+
+
+def test_no_rows():
+    x = jnp.zeros((0, 128), jnp.bfloat16)
+    y, vjp = jax.vjp(jax_rmsnorm.rms_norm, x, jnp.ones(128))
+    dx, dgamma = vjp(y)
+    assert y.shape == dx.shape == (0, 128)
+    np.testing.assert_array_equal(dgamma, np.zeros(128, np.float32))

@@ -1,0 +1,105 @@
+"""How the kernels behave in XLA's runtime: CUDA graphs, many streams, very large tensors, the sanitizers."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checks import draw
+
+import jax_rmsnorm
+
+HERE = pathlib.Path(__file__).parent
+
+
+def test_more_than_two_to_the_31_elements():
+    """64-bit offsets, forward and backward: the last rows equal those of a small call."""
+    hidden = 4096
+    rows = 2**31 // hidden + 5
+    tail = 16
+    last = draw(0, (tail, hidden), jnp.bfloat16)
+    gamma = draw(1, hidden, jnp.bfloat16)
+    norm = jax.jit(jax_rmsnorm.rms_norm)
+    vjp = jax.jit(lambda x, g, dy: jax.vjp(jax_rmsnorm.rms_norm, x, g)[1](dy))
+
+    @jax.jit
+    def grow(last):
+        return jnp.zeros((rows, hidden), last.dtype).at[-tail:].set(last)
+
+    x = grow(last)
+    np.testing.assert_array_equal(norm(x, gamma)[-tail:], norm(last, gamma))
+    dx, dgamma = vjp(x, gamma, x)
+    small_dx, small_dgamma = vjp(last, gamma, last)
+    np.testing.assert_array_equal(dx[-tail:], small_dx)
+    scale = float(jnp.max(jnp.abs(small_dgamma)))
+    np.testing.assert_allclose(
+        dgamma.astype(jnp.float32), small_dgamma.astype(jnp.float32), atol=0.01 * scale
+    )
+
+
+def test_recorded_into_a_cuda_graph():
+    x, gamma = draw(0, (256, 512), jnp.bfloat16), draw(1, 512, jnp.bfloat16)
+
+    def chain(x):
+        for _ in range(4):
+            x = jax_rmsnorm.rms_norm(x, gamma)
+        return x.astype(jnp.float32).sum()
+
+    options = {
+        "xla_gpu_graph_min_graph_size": 1,
+        "xla_gpu_enable_command_buffer": "FUSION,CUSTOM_CALL",
+    }
+    compiled = jax.jit(jax.grad(chain)).lower(x).compile(compiler_options=options)
+    text = compiled.as_text()
+    commands = [
+        part for part in text.split("\n\n") if part.lstrip("%").startswith("command_buffer")
+    ]
+    assert sum(part.count("jax_rmsnorm_forward") for part in commands) >= 4, text
+    assert sum(part.count("jax_rmsnorm_backward") for part in commands) >= 4, text
+    want = jax.jit(jax.grad(chain))(x)
+    for _ in range(3):  # recorded, then replayed
+        np.testing.assert_array_equal(compiled(x), want)
+
+
+def test_many_threads_and_streams():
+    x = [draw(i, (512, 1024), jnp.bfloat16) for i in range(8)]
+    gamma = draw(9, 1024, jnp.float32)
+    vjp = jax.jit(lambda x, g: jax.vjp(jax_rmsnorm.rms_norm, x, g)[1](x))
+    want = [jax.tree.map(np.asarray, vjp(a, gamma)) for a in x]
+
+    def work(i):
+        return [jax.tree.map(np.asarray, vjp(x[(i + n) % 8], gamma)) for n in range(50)]
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for i, results in enumerate(pool.map(work, range(8))):
+            for n, got in enumerate(results):
+                jax.tree.map(np.testing.assert_array_equal, got, want[(i + n) % 8])
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+def test_sanitizer(tool):
+    command = ["compute-sanitizer", "--tool", tool, "--kernel-name", "kernel_substring=jax_rmsnorm"]
+    result = subprocess.run(
+        [*command, "--error-exitcode", "86", sys.executable, str(HERE / "sanitized.py")],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={
+            **os.environ,
+            "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",  # a cudaMalloc each: overruns are seen
+            "XLA_FLAGS": "--xla_gpu_enable_command_buffer= --xla_gpu_autotune_level=0",
+        },
+    )
+    output = result.stdout + result.stderr
+    assert result.returncode == 0, output[-4000:]
+    assert "ERROR SUMMARY: 0 errors" in output or "0 hazards displayed" in output, output[-4000:]
+    assert "sanitized: 26 calls" in output, output[-4000:]
