@@ -24,7 +24,12 @@ __device__ __forceinline__ float SumLanes(float value, int lanes) {
 template <Scope kScope>
 class RowSum {
  public:
-  __device__ explicit RowSum(int threads_per_row) : threads_(threads_per_row) {}
+  __device__ explicit RowSum(int threads_per_row) : threads_(threads_per_row) {
+#if __CUDA_ARCH__ >= 900
+    // A block's shared memory may be written from afar only once the block has started.
+    if constexpr (kScope == Scope::kCluster) cooperative_groups::this_cluster().sync();
+#endif
+  }
 
   __device__ __forceinline__ float operator()(float value) {
     if constexpr (kScope == Scope::kLanes) {

@@ -6,12 +6,12 @@ import numpy as np
 
 import jax_rmsnorm
 
-HIDDEN = (1, 3, 64, 100, 128, 1000, 1024, 2048, 4100, 16_384, 20_001, 65_536, 600_000)
+HIDDEN = (1, 3, 64, 100, 1000, 1024, 4100, 16_384, 20_001, 65_536, 600_000)
 
 calls = 0
 for dtype in (jnp.bfloat16, jnp.float32):
     for hidden in HIDDEN:
-        x = jnp.asarray(np.random.default_rng(hidden).standard_normal((37, hidden)), dtype)
+        x = jnp.asarray(np.random.default_rng(hidden).standard_normal((21, hidden)), dtype)
         gamma = jnp.ones(hidden, jnp.float32)
         y, vjp = jax.vjp(jax_rmsnorm.rms_norm, x, gamma)
         jax.block_until_ready(vjp(y))

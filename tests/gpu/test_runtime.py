@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import os
 import pathlib
@@ -45,7 +46,8 @@ def test_more_than_two_to_the_31_elements():
     )
 
 
-def test_recorded_into_a_cuda_graph():
+def test_recorded_into_a_cuda_graph(tmp_path):
+    """XLA replays the norms from a CUDA graph: the profile shows one graph launch a call, and the kernels in it."""
     x, gamma = draw(0, (256, 512), jnp.bfloat16), draw(1, 512, jnp.bfloat16)
 
     def chain(x):
@@ -53,20 +55,35 @@ def test_recorded_into_a_cuda_graph():
             x = jax_rmsnorm.rms_norm(x, gamma)
         return x.astype(jnp.float32).sum()
 
-    options = {
-        "xla_gpu_graph_min_graph_size": 1,
-        "xla_gpu_enable_command_buffer": "FUSION,CUSTOM_CALL",
-    }
-    compiled = jax.jit(jax.grad(chain)).lower(x).compile(compiler_options=options)
-    text = compiled.as_text()
-    commands = [
-        part for part in text.split("\n\n") if part.lstrip("%").startswith("command_buffer")
-    ]
-    assert sum(part.count("jax_rmsnorm_forward") for part in commands) >= 4, text
-    assert sum(part.count("jax_rmsnorm_backward") for part in commands) >= 4, text
-    want = jax.jit(jax.grad(chain))(x)
-    for _ in range(3):  # recorded, then replayed
-        np.testing.assert_array_equal(compiled(x), want)
+    def compile_with(commands: str):
+        options = {
+            "xla_gpu_graph_min_graph_size": 1,
+            "xla_gpu_enable_command_buffer": commands,
+        }
+        return jax.jit(jax.grad(chain)).lower(x).compile(compiler_options=options)
+
+    def profile(compiled, folder) -> collections.Counter[str]:
+        for _ in range(2):  # the first calls record
+            jax.block_until_ready(compiled(x))
+        with jax.profiler.trace(folder):
+            for _ in range(3):
+                jax.block_until_ready(compiled(x))
+        (file,) = folder.glob("**/*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(file)).planes
+        return collections.Counter(e.name for p in planes for line in p.lines for e in line.events)
+
+    def count(events: collections.Counter[str], part: str) -> int:
+        return sum(n for name, n in events.items() if part in name)
+
+    with_graph, without = compile_with("FUSION,CUSTOM_CALL"), compile_with("")
+    np.testing.assert_array_equal(with_graph(x), without(x))
+    graph_events = profile(with_graph, tmp_path / "graph")
+    plain_events = profile(without, tmp_path / "plain")
+    assert count(graph_events, "cuGraphLaunch") == 3, graph_events
+    assert count(plain_events, "cuGraphLaunch") == 0, plain_events
+    for kernel in ("ForwardKernel", "BackwardKernel"):
+        assert count(graph_events, kernel) == count(plain_events, kernel) == 12, graph_events
+    np.testing.assert_array_equal(with_graph(x), without(x))
 
 
 def test_many_threads_and_streams():
@@ -88,6 +105,9 @@ def test_many_threads_and_streams():
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
 def test_sanitizer(tool):
     command = ["compute-sanitizer", "--tool", tool, "--kernel-name", "kernel_substring=jax_rmsnorm"]
+    if tool == "initcheck":
+        # It does not see what the host writes to pinned memory, and would report XLA's own copies from there.
+        command += ["--check-api-memory-access", "no"]
     result = subprocess.run(
         [*command, "--error-exitcode", "86", sys.executable, str(HERE / "sanitized.py")],
         capture_output=True,
@@ -100,6 +120,6 @@ def test_sanitizer(tool):
         },
     )
     output = result.stdout + result.stderr
-    assert result.returncode == 0, output[-4000:]
-    assert "ERROR SUMMARY: 0 errors" in output or "0 hazards displayed" in output, output[-4000:]
-    assert "sanitized: 26 calls" in output, output[-4000:]
+    assert result.returncode == 0, output[:4000]
+    assert "SUMMARY: 0 " in output, output[-4000:]
+    assert "sanitized: 22 calls" in output, output[-4000:]

@@ -1,0 +1,88 @@
+"""RMSNorm as a Flax linen module, in place of `flax.linen.RMSNorm`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen import dtypes
+from flax.typing import Dtype, Initializer
+from jax.typing import ArrayLike
+
+from . import _flax
+from ._options import Implementation, Rounding, SMMargin
+
+# Linen wraps each method; through super() the wrapper would run twice in one call, and all that
+# hangs on it (captured intermediates, tabulate, interceptors) would see the layer twice.
+_flax_call = inspect.unwrap(nn.RMSNorm.__call__)
+
+
+# Linen names a parameter scope after the class: any other name than Flax's would lose checkpoints.
+class RMSNorm(nn.RMSNorm):
+    """`flax.linen.RMSNorm`, computed by `jax_rmsnorm.rms_norm`.
+
+        y = x · rsqrt(mean(x²) + epsilon) · γ    γ = scale, or 1 + scale with zero_centered_gamma
+
+    As in Flax, x and scale enter in their own dtypes, the arithmetic is in float32, and the one
+    rounding is the last, to ``dtype`` or to what x and scale promote to.
+
+    Calls that the kernels do not cover are computed by Flax's own code, with Flax's own result:
+    with a ``mask``, an ``axis_name``, ``force_float32_reductions=False``, reduction axes other than
+    the last ones, feature axes other than the reduction axes, or an operand that is not float32,
+    bfloat16 or float16.
+
+    Attributes, after those of Flax:
+        scale_init: initialiser of the scale; by default ones, or zeros with zero_centered_gamma.
+        zero_centered_gamma: store γ - 1 instead of γ.
+        rounding: "once" at the end, or "before_gamma" as well (the normalised value, to x's dtype).
+        sm_margin: streaming multiprocessors that the GPU kernels leave free; see `rms_norm`.
+        implementation: None (a kernel where there is one), "kernel" (an error otherwise) or "xla".
+    """
+
+    scale_init: Initializer = _flax.default_scale_init
+    zero_centered_gamma: bool = dataclasses.field(default=False, kw_only=True)
+    rounding: Rounding = dataclasses.field(default="once", kw_only=True)
+    sm_margin: int | SMMargin | None = dataclasses.field(default=None, kw_only=True)
+    implementation: Implementation | None = dataclasses.field(default=None, kw_only=True)
+
+    @nn.compact
+    def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalises x [..., features].
+
+        Args:
+            x: the input.
+            mask: booleans that broadcast against x: the entries that count in the mean.
+
+        Returns:
+            y, of the shape of x.
+
+        Raises:
+            ValueError: ``zero_centered_gamma``, ``rounding="before_gamma"`` or
+                ``implementation="kernel"`` in a call that only Flax's own code covers.
+        """
+        array = jnp.asarray(x)
+        if self.force_float32_reductions:
+            reason = _flax.why_not_covered(self, array, self._scale_dtype(), mask)
+        else:
+            reason = "force_float32_reductions must be True, got False"
+        if reason is not None:
+            _flax.require_no_options(self, reason)
+            return _flax_call(self, x, mask=mask)
+
+        scale = None
+        if self.use_scale:
+            init = _flax.resolve_scale_init(self.scale_init, self.zero_centered_gamma)
+            shape = _flax.normalized_shape(self, array)
+            scale = jnp.asarray(self.param("scale", init, list(shape), self.param_dtype))
+        dtype = dtypes.canonicalize_dtype(array, scale, dtype=self.dtype)
+        return _flax.normalize(self, array, scale, dtype)
+
+    def _scale_dtype(self) -> Dtype | None:
+        """The dtype the scale has or will get; asking must not create it, as Flax may have to."""
+        if not self.use_scale:
+            return None
+        stored = jax.tree.leaves(self.get_variable("params", "scale"))
+        return jnp.result_type(stored[0]) if stored else self.param_dtype
