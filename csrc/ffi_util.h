@@ -1,5 +1,5 @@
-// From XLA's buffers to the structs of problem.h, for the CPU and the CUDA handlers alike. Python has checked every
-// argument at trace time; what is checked again here is what would otherwise reach outside a buffer.
+// From XLA's buffers to the structs of problem.h, for the CPU and the CUDA handlers alike. Python has checked
+// every argument at trace time; what is checked again here is what would otherwise reach outside a buffer.
 #pragma once
 
 #include <optional>
@@ -12,8 +12,8 @@ namespace jax_rmsnorm {
 
 namespace ffi = ::xla::ffi;
 
-#define JAX_RMSNORM_RETURN_IF_ERROR(expression)   \
-  do {                                            \
+#define JAX_RMSNORM_RETURN_IF_ERROR(expression)                            \
+  do {                                                                     \
     if (ffi::Error error_ = (expression); error_.failure()) return error_; \
   } while (false)
 
@@ -55,7 +55,8 @@ inline ffi::Error CheckFloat32(const char* name, const ffi::AnyBuffer& buffer) {
 // x is [*groups, *rows, hidden]; gamma, where there is one, is [*groups, hidden].
 inline ffi::Error SplitShape(const ffi::AnyBuffer& x, const OptionalArg& gamma, Shape* shape) {
   const auto x_dims = x.dimensions();
-  if (x_dims.size() == 0 || x_dims.back() == 0) return Invalid("x must end in an axis of one element or more");
+  if (x_dims.size() == 0 || x_dims.back() == 0)
+    return Invalid("x must end in an axis of one element or more");
   shape->hidden = x_dims.back();
   shape->groups = 1;
   size_t group_axes = 0;
@@ -102,8 +103,9 @@ inline auto BackwardBinding() {
       .Attr<int64_t>("sm_margin");
 }
 
-inline ffi::Error DecodeForward(const ffi::AnyBuffer& x, const OptionalArg& gamma, ffi::Result<ffi::AnyBuffer>& y,
-                                OptionalRet& rrms, const Arithmetic& arithmetic, ForwardArgs* args) {
+inline ffi::Error DecodeForward(const ffi::AnyBuffer& x, const OptionalArg& gamma,
+                                ffi::Result<ffi::AnyBuffer>& y, OptionalRet& rrms,
+                                const Arithmetic& arithmetic, ForwardArgs* args) {
   JAX_RMSNORM_RETURN_IF_ERROR(SplitShape(x, gamma, &args->shape));
   const Shape& shape = args->shape;
   const int64_t rows = shape.groups * shape.rows;
@@ -125,9 +127,10 @@ inline ffi::Error DecodeForward(const ffi::AnyBuffer& x, const OptionalArg& gamm
   return ffi::Error::Success();
 }
 
-inline ffi::Error DecodeBackward(const ffi::AnyBuffer& x, const ffi::AnyBuffer& rrms, const ffi::AnyBuffer& dy,
-                                 const OptionalArg& gamma, ffi::Result<ffi::AnyBuffer>& dx, OptionalRet& dgamma,
-                                 OptionalRet& partials, const Arithmetic& arithmetic, BackwardArgs* args) {
+inline ffi::Error DecodeBackward(const ffi::AnyBuffer& x, const ffi::AnyBuffer& rrms,
+                                 const ffi::AnyBuffer& dy, const OptionalArg& gamma,
+                                 ffi::Result<ffi::AnyBuffer>& dx, OptionalRet& dgamma, OptionalRet& partials,
+                                 const Arithmetic& arithmetic, BackwardArgs* args) {
   JAX_RMSNORM_RETURN_IF_ERROR(SplitShape(x, gamma, &args->shape));
   const Shape& shape = args->shape;
   const int64_t rows = shape.groups * shape.rows;

@@ -9,7 +9,8 @@ enum class DType : int32_t { kF32, kBF16, kF16 };
 
 constexpr int64_t SizeOf(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
 
-// x is [groups, rows, hidden], row-major; gamma is [groups, hidden]. One group unless gamma was batched by vmap.
+// x is [groups, rows, hidden], row-major; gamma is [groups, hidden]. One group unless gamma was batched by
+// vmap.
 struct Shape {
   int64_t groups = 1;
   int64_t rows = 0;

@@ -119,7 +119,7 @@ def _normalized_shape(
     return shape
 
 
-def _to_shape(value: int | Sequence[int]) -> tuple[int, ...]:
+def _to_shape(value: int | Sequence[int]) -> tuple[Any, ...]:
     values = tuple(value) if isinstance(value, Sequence) else (value,)
     try:
         return tuple(v if is_symbolic_dim(v) else _to_length(v) for v in values)

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TypeAlias
 
 import jax
-import jaxlib
+import jaxlib.version
 
 from . import _ffi
 
@@ -30,7 +30,7 @@ def info() -> Info:
         "versions": {
             "jax_rmsnorm": own,
             "jax": jax.__version__,
-            "jaxlib": jaxlib.__version__,
+            "jaxlib": jaxlib.version.__version__,
             "python": platform.python_version(),
         },
         "cpu kernels": _describe_cpu(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -77,8 +76,12 @@ def rms_norm(
     return y.reshape(jnp.shape(x))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _rms_norm(x: jax.Array, gamma: jax.Array | None, options: Options) -> jax.Array:
+# Three functions with a derivative of their own. `_rms_norm` is what users differentiate; the two halves of its
+# first derivative, `_forward` and `_backward`, are differentiable in turn by way of the specification: they are
+# what `grad` of `grad` sees.
+
+
+def _inference(x: jax.Array, gamma: jax.Array | None, options: Options) -> jax.Array:
     (y,) = forward(x, gamma, options, save_rrms=False)
     return y
 
@@ -93,15 +96,7 @@ def _rms_norm_bwd(options, residuals, dy):
     return _backward(x, gamma, rrms, dy, options)
 
 
-_rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
-
-
-# The two halves of a first derivative are differentiable themselves, by way of the specification: what `grad` of
-# `grad` sees are these functions.
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _forward(
+def _training(
     x: jax.Array, gamma: jax.Array | None, options: Options
 ) -> tuple[jax.Array, jax.Array]:
     y, rrms = forward(x, gamma, options, save_rrms=True)
@@ -117,18 +112,8 @@ def _forward_bwd(options, residuals, cotangents):
     return vjp(cotangents)
 
 
-_forward.defvjp(_forward_fwd, _forward_bwd)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _backward(
-    x: jax.Array, gamma: jax.Array | None, rrms: jax.Array, dy: jax.Array, options: Options
-) -> tuple[jax.Array, jax.Array | None]:
-    return backward(x, gamma, rrms, dy, options)
-
-
 def _backward_fwd(x, gamma, rrms, dy, options):
-    return backward(x, gamma, rrms, dy, options), (x, gamma, rrms, dy)
+    return _backward(x, gamma, rrms, dy, options), (x, gamma, rrms, dy)
 
 
 def _backward_bwd(options, residuals, cotangents):
@@ -138,4 +123,9 @@ def _backward_bwd(options, residuals, cotangents):
     return vjp(cotangents)
 
 
+_rms_norm = jax.custom_vjp(_inference, nondiff_argnums=(2,))
+_rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
+_forward = jax.custom_vjp(_training, nondiff_argnums=(2,))
+_forward.defvjp(_forward_fwd, _forward_bwd)
+_backward = jax.custom_vjp(backward, nondiff_argnums=(4,))
 _backward.defvjp(_backward_fwd, _backward_bwd)

@@ -24,7 +24,8 @@ from ._options import Options
 
 def compute_dtype(*dtypes: DTypeLike) -> jnp.dtype:
     """The dtype of the arithmetic: float32, or float64 if any operand is float64."""
-    return jnp.dtype(jnp.float64 if jnp.dtype("float64") in map(jnp.dtype, dtypes) else jnp.float32)
+    wide = any(jnp.dtype(dtype) == jnp.float64 for dtype in dtypes)
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
 def _expand_groups(gamma: jax.Array, ndim: int) -> jax.Array:

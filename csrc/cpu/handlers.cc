@@ -18,8 +18,9 @@ constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Elements a task: enough work to pay for handing it to another thread.
 constexpr int64_t kTaskElements = 32 * 1024;
 
-// Runs run(0), ..., run(tasks - 1) on XLA's threads and on this one. This thread takes tasks like the others and waits
-// only for those under way, so that it comes to an end also where it is the pool's only free thread.
+// Runs run(0), ..., run(tasks - 1) on XLA's threads and on this one. This thread takes tasks like the others
+// and waits only for those under way, so that it comes to an end also where it is the pool's only free
+// thread.
 void ParallelFor(ffi::ThreadPool& pool, int64_t tasks, const std::function<void(int64_t)>& run) {
   struct State {
     std::atomic<int64_t> next{0};
@@ -43,8 +44,9 @@ void ParallelFor(ffi::ThreadPool& pool, int64_t tasks, const std::function<void(
   state->all_done.wait(lock, [&] { return state->done == tasks; });
 }
 
-ffi::Error Forward(ffi::AnyBuffer x, OptionalArg gamma, ffi::Result<ffi::AnyBuffer> y, OptionalRet rrms, float eps,
-                   bool zero_centered_gamma, bool round_before_gamma, int64_t /*sm_margin*/, ffi::ThreadPool pool) {
+ffi::Error Forward(ffi::AnyBuffer x, OptionalArg gamma, ffi::Result<ffi::AnyBuffer> y, OptionalRet rrms,
+                   float eps, bool zero_centered_gamma, bool round_before_gamma, int64_t /*sm_margin*/,
+                   ffi::ThreadPool pool) {
   ForwardArgs args;
   JAX_RMSNORM_RETURN_IF_ERROR(
       DecodeForward(x, gamma, y, rrms, {eps, zero_centered_gamma, round_before_gamma}, &args));
@@ -57,11 +59,12 @@ ffi::Error Forward(ffi::AnyBuffer x, OptionalArg gamma, ffi::Result<ffi::AnyBuff
   return ffi::Error::Success();
 }
 
-// The split of the rows into tasks, one partial row each, follows from the shape alone: dgamma has the same bits
-// on any number of threads.
+// The split of the rows into tasks, one partial row each, follows from the shape alone: dgamma has the same
+// bits on any number of threads.
 ffi::Error Backward(ffi::AnyBuffer x, ffi::AnyBuffer rrms, ffi::AnyBuffer dy, OptionalArg gamma,
                     ffi::Result<ffi::AnyBuffer> dx, OptionalRet dgamma, OptionalRet partials,
-                    bool zero_centered_gamma, bool round_before_gamma, int64_t /*sm_margin*/, ffi::ThreadPool pool) {
+                    bool zero_centered_gamma, bool round_before_gamma, int64_t /*sm_margin*/,
+                    ffi::ThreadPool pool) {
   BackwardArgs args;
   JAX_RMSNORM_RETURN_IF_ERROR(DecodeBackward(x, rrms, dy, gamma, dx, dgamma, partials,
                                              {0.0f, zero_centered_gamma, round_before_gamma}, &args));

@@ -1,9 +1,11 @@
-// The kernels themselves, compiled once for each instruction set, with JAX_RMSNORM_ISA as its name and namespace.
+// The kernels themselves, compiled once for each instruction set, with JAX_RMSNORM_ISA as its name and
+// namespace.
+#include "kernels.h"
+
 #include <cmath>
 #include <cstring>
 #include <vector>
 
-#include "kernels.h"
 #include "simd.h"
 
 namespace jax_rmsnorm {
@@ -23,8 +25,8 @@ void WithType(DType dtype, F&& f) {
   }
 }
 
-// Calls body(column, load, store) for each vector of the columns [first, last); load and store take a pointer to
-// the row's first element, and handle the vector that is not full.
+// Calls body(column, load, store) for each vector of the columns [first, last); load and store take a pointer
+// to the row's first element, and handle the vector that is not full.
 template <typename Body>
 inline void ForColumns(int64_t first, int64_t last, Body&& body) {
   int64_t column = first;
@@ -54,7 +56,8 @@ inline float SumColumns(int64_t hidden, Term&& term) {
   return Sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// gamma as float32, one where there is none: in place where it is that already, else converted once for many rows.
+// gamma as float32, one where there is none: in place where it is that already, else converted once for many
+// rows.
 class Gamma {
  public:
   template <typename Args>
@@ -126,15 +129,13 @@ void BackwardRows(const BackwardArgs& args, int64_t group, int64_t first, int64_
     const D* dy = static_cast<const D*>(args.dy) + index * hidden;
     X* dx = static_cast<X*>(args.dx) + index * hidden;
     const float rrms = args.rrms[index];
-    const float sum =
-        SumColumns(hidden, [&](auto load) { return (load(dy) * load(g)) * (load(x) * rrms); });
+    const float sum = SumColumns(hidden, [&](auto load) { return (load(dy) * load(g)) * (load(x) * rrms); });
     const float c = sum / static_cast<float>(hidden);
     const auto write_dx = [&](auto load, auto store, Floats normalized, Floats dys) {
       store(dx, rrms * (dys * load(g) - normalized * c));
     };
     if (partial == nullptr) {
-      ForColumns(0, hidden,
-                 [&](auto load, auto store) { write_dx(load, store, load(x) * rrms, load(dy)); });
+      ForColumns(0, hidden, [&](auto load, auto store) { write_dx(load, store, load(x) * rrms, load(dy)); });
     } else {
       ForColumns(0, hidden, [&](auto load, auto store) {
         const Floats normalized = load(x) * rrms;

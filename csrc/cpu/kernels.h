@@ -11,7 +11,8 @@ struct CpuKernels {
   const char* name;
   // Rows [first, last) of all groups' rows, counted through.
   void (*forward)(const ForwardArgs& args, int64_t first, int64_t last);
-  // Rows [first, last) of one group: writes their dx, and their part of dgamma to `partial` (null: not wanted).
+  // Rows [first, last) of one group: writes their dx, and their part of dgamma to `partial` (null: not
+  // wanted).
   void (*backward)(const BackwardArgs& args, int64_t group, int64_t first, int64_t last, float* partial);
   // dgamma of one group at columns [first, last): the sum of the first `count` partial rows.
   void (*finish)(const BackwardArgs& args, int64_t group, int64_t count, int64_t first, int64_t last);

@@ -21,7 +21,8 @@ nb::capsule Capsule(Handler* handler) {
 
 std::vector<std::string> InstructionSets() {
   std::vector<std::string> names;
-  for (const CpuKernels* const* set = AvailableKernels(); *set != nullptr; ++set) names.emplace_back((*set)->name);
+  for (const CpuKernels* const* set = AvailableKernels(); *set != nullptr; ++set)
+    names.emplace_back((*set)->name);
   return names;
 }
 
@@ -31,9 +32,14 @@ std::vector<std::string> InstructionSets() {
 NB_MODULE(_cpu, m) {
   namespace rms = jax_rmsnorm;
   m.doc() = "XLA FFI handlers of the CPU kernels.";
-  m.def("forward", [] { return rms::Capsule(rms::CpuForward); }, "The forward handler, for register_ffi_target.");
-  m.def("backward", [] { return rms::Capsule(rms::CpuBackward); }, "The backward handler, for register_ffi_target.");
+  m.def(
+      "forward", [] { return rms::Capsule(rms::CpuForward); },
+      "The forward handler, for register_ffi_target.");
+  m.def(
+      "backward", [] { return rms::Capsule(rms::CpuBackward); },
+      "The backward handler, for register_ffi_target.");
   m.def("instruction_sets", &rms::InstructionSets, "Instruction sets that this machine can run, best first.");
-  m.def("active_instruction_set", [] { return std::string(rms::ActiveKernels().name); },
-        "The one in use: the best, or the one named by JAX_RMSNORM_CPU_ISA.");
+  m.def(
+      "active_instruction_set", [] { return std::string(rms::ActiveKernels().name); },
+      "The one in use: the best, or the one named by JAX_RMSNORM_CPU_ISA.");
 }

@@ -1,5 +1,5 @@
-// Vectors of floats in the compiler's own vector types, and their way to and from float32, bfloat16 and float16
-// in memory. The width is that of the instruction set this file is compiled for.
+// Vectors of floats in the compiler's own vector types, and their way to and from float32, bfloat16 and
+// float16 in memory. The width is that of the instruction set this file is compiled for.
 #pragma once
 
 #include <cstdint>
@@ -75,13 +75,15 @@ inline Halves Narrow(Float16, Floats values) {
   return (Halves)_mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT);
 }
 #else
-// A float16 shifted into a float32's place is 2^112 times too small, subnormals included: one product sets that right.
+// A float16 shifted into a float32's place is 2^112 times too small, subnormals included: one product sets
+// that right.
 inline Floats Widen(Float16, Halves bits) {
   const Words wide = __builtin_convertvector(bits, Words);
   const Words magnitude = (wide & 0x7fffu) << 13;
   const Words special = BitCast<Words>(magnitude >= 0x0f800000u);  // inf and NaN keep an exponent of all ones
   const Words finite = BitCast<Words>(BitCast<Floats>(magnitude) * 0x1p112f);
-  return BitCast<Floats>((finite & ~special) | ((magnitude | 0x7f800000u) & special) | ((wide & 0x8000u) << 16));
+  return BitCast<Floats>((finite & ~special) | ((magnitude | 0x7f800000u) & special) |
+                         ((wide & 0x8000u) << 16));
 }
 
 // Normal results by integer rounding of the bits; subnormal ones by an addition whose last bit is float16's.

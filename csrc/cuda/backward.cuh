@@ -33,8 +33,8 @@ __device__ __forceinline__ void StorePartial(const BackwardArgs& args, bool only
   }
 }
 
-// The rows in flight: a ring of stages in shared memory. Each thread copies in what it alone will read, so that no
-// barrier is needed, only a wait for its own copies.
+// The rows in flight: a ring of stages in shared memory. Each thread copies in what it alone will read, so
+// that no barrier is needed, only a wait for its own copies.
 template <typename T, typename D, int kSize, int kPackets>
 class RowRing {
  public:
@@ -73,12 +73,15 @@ class RowRing {
   int stages_;
 };
 
-// Grid: block (or cluster) b of the blocks_per_group that share group g takes the group's rows b, b + blocks_per_group, ...
-// (kLanes: runs of rows, one row for every threads_per_row threads), and keeps its share of dgamma in registers. kSize elements
-// a packet, kPackets packets a thread. Precondition: the row fits, as in ForwardKernel.
+// Grid: block (or cluster) b of the blocks_per_group that share group g takes the group's rows b, b +
+// blocks_per_group, ... (kLanes: runs of rows, one row for every threads_per_row threads), and keeps its
+// share of dgamma in registers. kSize elements a packet, kPackets packets a thread. Precondition: the row
+// fits, as in ForwardKernel.
 template <typename T, typename D, int kSize, int kPackets, Scope kScope>
-__global__ __launch_bounds__(kScope == Scope::kLanes ? 256 : 512, kScope == Scope::kLanes ? 2 : 1) void
-BackwardKernel(const __grid_constant__ BackwardParams params) {
+__global__ __launch_bounds__(kScope == Scope::kLanes ? 256 : 512,
+                             kScope == Scope::kLanes
+                                 ? 2
+                                 : 1) void BackwardKernel(const __grid_constant__ BackwardParams params) {
   extern __shared__ uint4 shared[];
   constexpr bool kAsync = kSize * sizeof(T) >= 16 && kSize * sizeof(D) >= 16;
   constexpr bool kKeepGamma = kSize * kPackets <= 16;
@@ -262,7 +265,8 @@ BackwardKernel(const __grid_constant__ BackwardParams params) {
   }
 }
 
-// Grid: as above, a block a row, any hidden size. Reads each row twice and keeps its share of dgamma in `partials`.
+// Grid: as above, a block a row, any hidden size. Reads each row twice and keeps its share of dgamma in
+// `partials`.
 template <typename T, typename D, int kSize>
 __global__ __launch_bounds__(512) void BackwardLoopKernel(const __grid_constant__ BackwardParams params) {
   const BackwardArgs& args = params.args;
@@ -320,7 +324,8 @@ __global__ __launch_bounds__(512) void BackwardLoopKernel(const __grid_constant_
     }
     if (partial != nullptr && params.blocks_per_group == 1) {
       for (int64_t column = first; column < hidden; column += width) {
-        for (int i = 0; i < kSize; ++i) StorePartial(args, true, group, block, column + i, partial[column + i]);
+        for (int i = 0; i < kSize; ++i)
+          StorePartial(args, true, group, block, column + i, partial[column + i]);
       }
     }
   }

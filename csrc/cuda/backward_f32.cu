@@ -3,7 +3,8 @@
 namespace jax_rmsnorm {
 
 template cudaError_t LaunchBackwardAs<float, float>(const BackwardArgs&, const LaunchConfig&, cudaStream_t);
-template cudaError_t LaunchBackwardAs<float, __nv_bfloat16>(const BackwardArgs&, const LaunchConfig&, cudaStream_t);
+template cudaError_t LaunchBackwardAs<float, __nv_bfloat16>(const BackwardArgs&, const LaunchConfig&,
+                                                            cudaStream_t);
 template cudaError_t LaunchBackwardAs<float, __half>(const BackwardArgs&, const LaunchConfig&, cudaStream_t);
 
 }  // namespace jax_rmsnorm

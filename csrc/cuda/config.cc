@@ -75,7 +75,8 @@ LaunchConfig ConfigureRow(const Device& device, int64_t hidden, int width, const
 
 int UsableSMs(const Device& device, int margin) { return std::max(1, device.sm_count - std::max(0, margin)); }
 
-// Clusters live within a GPC of 16 or more SMs. Counting SMs in sixteens keeps every cluster of a persistent grid resident.
+// Clusters live within a GPC of 16 or more SMs. Counting SMs in sixteens keeps every cluster of a persistent
+// grid resident.
 int64_t ResidentClusters(int sms, int cluster) {
   const int whole = sms >= 16 ? sms / 16 * 16 : sms;
   return std::max(1, whole / cluster);
@@ -85,7 +86,8 @@ int64_t ResidentClusters(int sms, int cluster) {
 
 LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x, bool aligned, int margin) {
   const int width = aligned ? static_cast<int>(16 / SizeOf(x)) : 1;
-  // 8 packets: 64 registers of fp32 sums and raw data, which 1024 threads can have; used without clusters only.
+  // 8 packets: 64 registers of fp32 sums and raw data, which 1024 threads can have; used without clusters
+  // only.
   const Limits limits{128, 1024, 4, device.max_cluster > 1 ? 4 : 8};
   LaunchConfig config = ConfigureRow(device, shape.hidden, width, limits);
   const int64_t slots = config.block / config.threads_per_row;
@@ -105,7 +107,8 @@ LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x
                                int64_t partial_rows, int margin) {
   constexpr int kThreadsPerSM = 512;  // at up to 128 registers each, which the kernels' launch bounds grant
   constexpr int kMaxStages = 6;
-  constexpr int kOtherSharedMemory = 6 * 1024;  // a block's sums (up to 4 KiB in a cluster), and the system's 1 KiB
+  constexpr int kOtherSharedMemory =
+      6 * 1024;  // a block's sums (up to 4 KiB in a cluster), and the system's 1 KiB
   const auto narrow = std::min(SizeOf(x), SizeOf(dy));
   const int width = aligned ? static_cast<int>(16 / narrow) : 1;
   const Limits limits{256, kThreadsPerSM, 2, 4};
@@ -126,11 +129,12 @@ LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x
   }
 
   const int sms = UsableSMs(device, margin);
-  const int64_t resident = config.cluster > 1 ? ResidentClusters(sms, config.cluster)
-                                              : int64_t{sms} * blocks_per_sm;
+  const int64_t resident =
+      config.cluster > 1 ? ResidentClusters(sms, config.cluster) : int64_t{sms} * blocks_per_sm;
   const int64_t items = CeilDiv(shape.rows, slots);
   const int64_t wanted = std::max<int64_t>(1, resident / std::max<int64_t>(1, shape.groups));
-  config.blocks_per_group = std::max<int64_t>(1, std::min({items, wanted, std::max<int64_t>(1, partial_rows)}));
+  config.blocks_per_group =
+      std::max<int64_t>(1, std::min({items, wanted, std::max<int64_t>(1, partial_rows)}));
   config.grid = std::min(resident, config.blocks_per_group * shape.groups) * config.cluster;
   return config;
 }

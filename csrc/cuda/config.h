@@ -1,5 +1,5 @@
-// The launch configuration: a plain function of the shape, the dtypes and the device. No CUDA in here, so that
-// it compiles, and is tested, on a host without a GPU.
+// The launch configuration: a plain function of the shape, the dtypes and the device. No CUDA in here, so
+// that it compiles, and is tested, on a host without a GPU.
 #pragma once
 
 #include <cstdint>
@@ -36,9 +36,9 @@ struct LaunchConfig {
   int64_t blocks_per_group = 0;  // blocks (or clusters) that share the rows of one group: rows of `partials`
 };
 
-// `aligned`: every row of every operand begins at a multiple of its access size. `margin`: SMs to leave alone.
-// The mapping of elements to threads depends on hidden, dtypes and alignment only, never on the number of rows,
-// the device or the margin: a row's bits are the same in every batch.
+// `aligned`: every row of every operand begins at a multiple of its access size. `margin`: SMs to leave
+// alone. The mapping of elements to threads depends on hidden, dtypes and alignment only, never on the number
+// of rows, the device or the margin: a row's bits are the same in every batch.
 LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x, bool aligned, int margin);
 
 LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x, DType dy, bool aligned,

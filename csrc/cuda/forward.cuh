@@ -35,10 +35,10 @@ __device__ __forceinline__ int64_t GammaRow(const Shape& shape, int64_t row) {
   return shape.groups == 1 ? 0 : row / shape.rows;
 }
 
-// Grid: each item is one row (kLanes: one row for every `threads_per_row` threads of the block; kCluster: one row
-// for each cluster); items are dealt out with the grid as stride. kSize elements a packet, kPackets packets a
-// thread, held in registers between the sum and the write. Precondition: the row fits,
-// hidden <= kSize * kPackets * threads_per_row * blocks of the cluster.
+// Grid: each item is one row (kLanes: one row for every `threads_per_row` threads of the block; kCluster: one
+// row for each cluster); items are dealt out with the grid as stride. kSize elements a packet, kPackets
+// packets a thread, held in registers between the sum and the write. Precondition: the row fits, hidden <=
+// kSize * kPackets * threads_per_row * blocks of the cluster.
 template <typename T, int kSize, int kPackets, Scope kScope>
 __global__ __launch_bounds__(1024) void ForwardKernel(const __grid_constant__ ForwardParams params) {
   const ForwardArgs& args = params.args;
@@ -153,8 +153,7 @@ auto FindForward(const LaunchConfig& config) -> void (*)(ForwardParams) {
       return config.packets == 4 ? ForwardKernel<T, kWide, 4, Scope::kBlock>
                                  : ForwardKernel<T, kWide, 8, Scope::kBlock>;
     case Scope::kCluster:
-      return wide ? ForwardKernel<T, kWide, 4, Scope::kCluster>
-                  : ForwardKernel<T, 1, 16, Scope::kCluster>;
+      return wide ? ForwardKernel<T, kWide, 4, Scope::kCluster> : ForwardKernel<T, 1, 16, Scope::kCluster>;
     case Scope::kLoop:
       return wide ? ForwardLoopKernel<T, kWide> : ForwardLoopKernel<T, 1>;
   }

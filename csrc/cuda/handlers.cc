@@ -15,8 +15,9 @@ ffi::Error ToError(const char* what, cudaError_t error) {
   return ffi::Error::Internal(std::string("jax_rmsnorm: CUDA ") + what + ": " + cudaGetErrorString(error));
 }
 
-ffi::Error Forward(ffi::AnyBuffer x, OptionalArg gamma, ffi::Result<ffi::AnyBuffer> y, OptionalRet rrms, float eps,
-                   bool zero_centered_gamma, bool round_before_gamma, int64_t sm_margin, cudaStream_t stream) {
+ffi::Error Forward(ffi::AnyBuffer x, OptionalArg gamma, ffi::Result<ffi::AnyBuffer> y, OptionalRet rrms,
+                   float eps, bool zero_centered_gamma, bool round_before_gamma, int64_t sm_margin,
+                   cudaStream_t stream) {
   ForwardArgs args;
   JAX_RMSNORM_RETURN_IF_ERROR(
       DecodeForward(x, gamma, y, rrms, {eps, zero_centered_gamma, round_before_gamma}, &args));
@@ -25,7 +26,8 @@ ffi::Error Forward(ffi::AnyBuffer x, OptionalArg gamma, ffi::Result<ffi::AnyBuff
 
 ffi::Error Backward(ffi::AnyBuffer x, ffi::AnyBuffer rrms, ffi::AnyBuffer dy, OptionalArg gamma,
                     ffi::Result<ffi::AnyBuffer> dx, OptionalRet dgamma, OptionalRet partials,
-                    bool zero_centered_gamma, bool round_before_gamma, int64_t sm_margin, cudaStream_t stream) {
+                    bool zero_centered_gamma, bool round_before_gamma, int64_t sm_margin,
+                    cudaStream_t stream) {
   BackwardArgs args;
   JAX_RMSNORM_RETURN_IF_ERROR(DecodeBackward(x, rrms, dy, gamma, dx, dgamma, partials,
                                              {0.0f, zero_centered_gamma, round_before_gamma}, &args));
@@ -39,8 +41,8 @@ ffi::Error Roof(ffi::AnyBuffer a, OptionalArg b, ffi::Result<ffi::AnyBuffer> out
       (b && static_cast<int64_t>(b->size_bytes()) != bytes)) {
     return Invalid("roof takes tensors of the same size, a multiple of 16 bytes");
   }
-  return ToError("roof", LaunchRoof(a.untyped_data(), b ? b->untyped_data() : nullptr, out->untyped_data(), bytes,
-                                    static_cast<int>(variant), stream));
+  return ToError("roof", LaunchRoof(a.untyped_data(), b ? b->untyped_data() : nullptr, out->untyped_data(),
+                                    bytes, static_cast<int>(variant), stream));
 }
 
 }  // namespace
@@ -48,7 +50,8 @@ ffi::Error Roof(ffi::AnyBuffer a, OptionalArg b, ffi::Result<ffi::AnyBuffer> out
 // Command-buffer compatible: XLA may record the launches into a CUDA graph and replay them.
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaForward, Forward, ForwardBinding().Ctx<ffi::PlatformStream<cudaStream_t>>(),
                               {ffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaBackward, Backward, BackwardBinding().Ctx<ffi::PlatformStream<cudaStream_t>>(),
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaBackward, Backward,
+                              BackwardBinding().Ctx<ffi::PlatformStream<cudaStream_t>>(),
                               {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaRoof, Roof,
                               ffi::Ffi::Bind()

@@ -1,23 +1,25 @@
 // From a problem to kernels: alignment, configuration, dispatch on dtypes, and the finish of dgamma.
-#include "launch.h"
-
 #include <algorithm>
 #include <atomic>
 
 #include "backward.cuh"
 #include "forward.cuh"
+#include "launch.h"
 
 namespace jax_rmsnorm {
 
 // Each compiled in a file of its own, so that they build in parallel.
 extern template cudaError_t LaunchForwardAs<float>(const ForwardArgs&, const LaunchConfig&, cudaStream_t);
-extern template cudaError_t LaunchForwardAs<__nv_bfloat16>(const ForwardArgs&, const LaunchConfig&, cudaStream_t);
+extern template cudaError_t LaunchForwardAs<__nv_bfloat16>(const ForwardArgs&, const LaunchConfig&,
+                                                           cudaStream_t);
 extern template cudaError_t LaunchForwardAs<__half>(const ForwardArgs&, const LaunchConfig&, cudaStream_t);
-#define JAX_RMSNORM_EXTERN_BACKWARD(T)                                                                             \
-  extern template cudaError_t LaunchBackwardAs<T, float>(const BackwardArgs&, const LaunchConfig&, cudaStream_t); \
-  extern template cudaError_t LaunchBackwardAs<T, __nv_bfloat16>(const BackwardArgs&, const LaunchConfig&,        \
-                                                                 cudaStream_t);                                   \
-  extern template cudaError_t LaunchBackwardAs<T, __half>(const BackwardArgs&, const LaunchConfig&, cudaStream_t)
+#define JAX_RMSNORM_EXTERN_BACKWARD(T)                                                                     \
+  extern template cudaError_t LaunchBackwardAs<T, float>(const BackwardArgs&, const LaunchConfig&,         \
+                                                         cudaStream_t);                                    \
+  extern template cudaError_t LaunchBackwardAs<T, __nv_bfloat16>(const BackwardArgs&, const LaunchConfig&, \
+                                                                 cudaStream_t);                            \
+  extern template cudaError_t LaunchBackwardAs<T, __half>(const BackwardArgs&, const LaunchConfig&,        \
+                                                          cudaStream_t)
 JAX_RMSNORM_EXTERN_BACKWARD(float);
 JAX_RMSNORM_EXTERN_BACKWARD(__nv_bfloat16);
 JAX_RMSNORM_EXTERN_BACKWARD(__half);
@@ -25,8 +27,8 @@ JAX_RMSNORM_EXTERN_BACKWARD(__half);
 
 namespace {
 
-// Whether each row of a [.., hidden] tensor at `data` begins where `width` elements can be read in accesses of up
-// to 16 bytes. A null tensor is no obstacle.
+// Whether each row of a [.., hidden] tensor at `data` begins where `width` elements can be read in accesses
+// of up to 16 bytes. A null tensor is no obstacle.
 bool RowsAligned(const void* data, DType dtype, int64_t hidden, int64_t width) {
   const int64_t access = std::min<int64_t>(16, width * SizeOf(dtype));
   return data == nullptr || (hidden % width == 0 && reinterpret_cast<uintptr_t>(data) % access == 0);
@@ -35,8 +37,8 @@ bool RowsAligned(const void* data, DType dtype, int64_t hidden, int64_t width) {
 constexpr int kFinishColumns = 32;
 constexpr int kFinishRows = 32;
 
-// Grid: (ceil(hidden / 32), groups, 1) blocks of 32 x 32. Each block adds up `count` partial rows of 32 columns: every
-// thread its column of each 32nd row, then one warp the 32 sums, always in the same order.
+// Grid: (ceil(hidden / 32), groups, 1) blocks of 32 x 32. Each block adds up `count` partial rows of 32
+// columns: every thread its column of each 32nd row, then one warp the 32 sums, always in the same order.
 __global__ __launch_bounds__(kFinishColumns* kFinishRows) void FinishKernel(
     const float* __restrict__ partials, int64_t partial_rows, int64_t count, int64_t groups, int64_t hidden,
     void* __restrict__ dgamma, DType dtype) {
@@ -68,8 +70,8 @@ cudaError_t LaunchFinish(const BackwardArgs& args, int64_t count, cudaStream_t s
   const dim3 grid(static_cast<unsigned>((shape.hidden + kFinishColumns - 1) / kFinishColumns),
                   static_cast<unsigned>(std::min(shape.groups, kMaxGridY)));
   const dim3 block(kFinishColumns, kFinishRows);
-  FinishKernel<<<grid, block, 0, stream>>>(args.partials, args.partial_rows, count, shape.groups, shape.hidden,
-                                           args.dgamma, args.gamma_dtype);
+  FinishKernel<<<grid, block, 0, stream>>>(args.partials, args.partial_rows, count, shape.groups,
+                                           shape.hidden, args.dgamma, args.gamma_dtype);
   return cudaGetLastError();
 }
 
@@ -87,9 +89,10 @@ cudaError_t CurrentDevice(Device* device) {
     return cudaSuccess;
   }
   int major = 0;
-  for (const auto& [attribute, value] : {std::pair{cudaDevAttrMultiProcessorCount, &device->sm_count},
-                                         std::pair{cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared_memory},
-                                         std::pair{cudaDevAttrComputeCapabilityMajor, &major}}) {
+  for (const auto& [attribute, value] :
+       {std::pair{cudaDevAttrMultiProcessorCount, &device->sm_count},
+        std::pair{cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared_memory},
+        std::pair{cudaDevAttrComputeCapabilityMajor, &major}}) {
     error = cudaDeviceGetAttribute(value, attribute, ordinal);
     if (error != cudaSuccess) return error;
   }

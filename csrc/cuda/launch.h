@@ -1,4 +1,5 @@
-// What the handlers call: from a problem to kernels on a stream. Nothing here allocates, synchronises or tunes.
+// What the handlers call: from a problem to kernels on a stream. Nothing here allocates, synchronises or
+// tunes.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -27,7 +28,8 @@ cudaError_t LaunchKernel(void (*kernel)(Params), const Params& params, const Lau
     if (error != cudaSuccess) return error;
   }
   if (config.cluster > kPortableCluster) {
-    const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    const cudaError_t error =
+        cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error != cudaSuccess) return error;
   }
   cudaLaunchAttribute attribute{};

@@ -1,4 +1,5 @@
-// Python module jax_rmsnorm._cuda: the handlers as capsules, and the launch configuration for tests on a host.
+// Python module jax_rmsnorm._cuda: the handlers as capsules, and the launch configuration for tests on a
+// host.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
@@ -45,15 +46,15 @@ nb::dict ToDict(const LaunchConfig& config) {
 
 nb::dict ForwardConfig(int64_t rows, int64_t hidden, const std::string& x, bool aligned, int sm_count,
                        int shared_memory, int max_cluster, int margin) {
-  return ToDict(ConfigureForward({sm_count, shared_memory, max_cluster}, {1, rows, hidden}, ParseDType(x), aligned,
-                                 margin));
+  return ToDict(ConfigureForward({sm_count, shared_memory, max_cluster}, {1, rows, hidden}, ParseDType(x),
+                                 aligned, margin));
 }
 
-nb::dict BackwardConfig(int64_t rows, int64_t hidden, const std::string& x, const std::string& dy, bool aligned,
-                        int64_t groups, int64_t partial_rows, int sm_count, int shared_memory, int max_cluster,
-                        int margin) {
-  return ToDict(ConfigureBackward({sm_count, shared_memory, max_cluster}, {groups, rows, hidden}, ParseDType(x),
-                                  ParseDType(dy), aligned, partial_rows, margin));
+nb::dict BackwardConfig(int64_t rows, int64_t hidden, const std::string& x, const std::string& dy,
+                        bool aligned, int64_t groups, int64_t partial_rows, int sm_count, int shared_memory,
+                        int max_cluster, int margin) {
+  return ToDict(ConfigureBackward({sm_count, shared_memory, max_cluster}, {groups, rows, hidden},
+                                  ParseDType(x), ParseDType(dy), aligned, partial_rows, margin));
 }
 
 }  // namespace
@@ -64,12 +65,19 @@ NB_MODULE(_cuda, m) {
   namespace rms = jax_rmsnorm;
   m.doc() = "XLA FFI handlers of the CUDA kernels.";
   m.attr("architectures") = JAX_RMSNORM_CUDA_ARCHITECTURES;
-  m.def("forward", [] { return rms::Capsule(rms::CudaForward); }, "The forward handler, for register_ffi_target.");
-  m.def("backward", [] { return rms::Capsule(rms::CudaBackward); }, "The backward handler, for register_ffi_target.");
-  m.def("roof", [] { return rms::Capsule(rms::CudaRoof); }, "The benchmark's copy kernels, for register_ffi_target.");
+  m.def(
+      "forward", [] { return rms::Capsule(rms::CudaForward); },
+      "The forward handler, for register_ffi_target.");
+  m.def(
+      "backward", [] { return rms::Capsule(rms::CudaBackward); },
+      "The backward handler, for register_ffi_target.");
+  m.def(
+      "roof", [] { return rms::Capsule(rms::CudaRoof); },
+      "The benchmark's copy kernels, for register_ffi_target.");
   m.attr("roof_variants") = rms::kRoofVariants;
   m.def("forward_config", &rms::ForwardConfig, nb::kw_only(), "rows"_a, "hidden"_a, "x"_a = "bfloat16",
-        "aligned"_a = true, "sm_count"_a = 132, "shared_memory"_a = 232448, "max_cluster"_a = 16, "margin"_a = 0);
+        "aligned"_a = true, "sm_count"_a = 132, "shared_memory"_a = 232448, "max_cluster"_a = 16,
+        "margin"_a = 0);
   m.def("backward_config", &rms::BackwardConfig, nb::kw_only(), "rows"_a, "hidden"_a, "x"_a = "bfloat16",
         "dy"_a = "bfloat16", "aligned"_a = true, "groups"_a = 1, "partial_rows"_a = 1024, "sm_count"_a = 132,
         "shared_memory"_a = 232448, "max_cluster"_a = 16, "margin"_a = 0);

@@ -98,8 +98,8 @@ __host__ __device__ __forceinline__ decltype(auto) WithType(DType dtype, F&& f) 
 
 // gamma's values at [column, column + kSize), one where there is no gamma. `row` is gamma's own row.
 template <int kSize>
-__device__ __forceinline__ void LoadGamma(const void* gamma, DType dtype, bool zero_centered,
-                                          int64_t offset, float (&values)[kSize]) {
+__device__ __forceinline__ void LoadGamma(const void* gamma, DType dtype, bool zero_centered, int64_t offset,
+                                          float (&values)[kSize]) {
   if (gamma == nullptr) {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) values[i] = 1.0f;
@@ -118,8 +118,7 @@ __device__ __forceinline__ void LoadGamma(const void* gamma, DType dtype, bool z
 }
 
 template <int kSize>
-__device__ __forceinline__ void StoreAs(DType dtype, void* to, int64_t offset,
-                                        const float (&values)[kSize]) {
+__device__ __forceinline__ void StoreAs(DType dtype, void* to, int64_t offset, const float (&values)[kSize]) {
   WithType(dtype, [&](auto tag) {
     using Y = decltype(tag);
     Packet<Y, kSize> packet;

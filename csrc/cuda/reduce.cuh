@@ -1,4 +1,5 @@
-// Sums over the threads that share a row. Every thread gets the same bits, in an order fixed by the thread count.
+// Sums over the threads that share a row. Every thread gets the same bits, in an order fixed by the thread
+// count.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -19,8 +20,8 @@ __device__ __forceinline__ float SumLanes(float value, int lanes) {
   return value;
 }
 
-// One sum after another over a row's threads. Successive sums alternate between two buffers, so that one barrier
-// a sum is enough: a buffer is written again only after the barrier that follows its last reading.
+// One sum after another over a row's threads. Successive sums alternate between two buffers, so that one
+// barrier a sum is enough: a buffer is written again only after the barrier that follows its last reading.
 template <Scope kScope>
 class RowSum {
  public:

@@ -5,7 +5,9 @@
 namespace jax_rmsnorm {
 namespace {
 
-__device__ __forceinline__ uint4 Combine(uint4 a, uint4 b) { return {a.x ^ b.x, a.y ^ b.y, a.z ^ b.z, a.w ^ b.w}; }
+__device__ __forceinline__ uint4 Combine(uint4 a, uint4 b) {
+  return {a.x ^ b.x, a.y ^ b.y, a.z ^ b.z, a.w ^ b.w};
+}
 
 // Grid: one thread for every kUnroll words of 16 bytes, a block's words contiguous.
 template <int kUnroll, bool kTwo>
@@ -42,7 +44,8 @@ cudaError_t Launch(const void* a, const void* b, void* out, int64_t words, int t
 
 }  // namespace
 
-cudaError_t LaunchRoof(const void* a, const void* b, void* out, int64_t bytes, int variant, cudaStream_t stream) {
+cudaError_t LaunchRoof(const void* a, const void* b, void* out, int64_t bytes, int variant,
+                       cudaStream_t stream) {
   const int64_t words = bytes / 16;
   if (words == 0) return cudaSuccess;
   const int threads = variant % 2 == 0 ? 256 : 512;

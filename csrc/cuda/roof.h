@@ -1,4 +1,5 @@
-// The yardstick of the benchmark: plain elementwise kernels that move the bytes of a norm and do nothing else.
+// The yardstick of the benchmark: plain elementwise kernels that move the bytes of a norm and do nothing
+// else.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -11,6 +12,7 @@ namespace jax_rmsnorm {
 constexpr int kRoofVariants = 8;
 
 // out = a, or a + b word by word where b is not null; `bytes` of each, a multiple of 16.
-cudaError_t LaunchRoof(const void* a, const void* b, void* out, int64_t bytes, int variant, cudaStream_t stream);
+cudaError_t LaunchRoof(const void* a, const void* b, void* out, int64_t bytes, int variant,
+                       cudaStream_t stream);
 
 }  // namespace jax_rmsnorm

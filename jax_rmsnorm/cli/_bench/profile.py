@@ -1,0 +1,89 @@
+"""What the device did: kernel durations from JAX's profiler."""
+
+from __future__ import annotations
+
+import collections
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.profiler import ProfileData
+
+CALLS = 16
+_DEVICE_PLANE = "/device:GPU:"
+# Other lines of a device's plane repeat the events of its streams, grouped by program or by operation.
+_STREAM_LINE = "Stream"
+
+
+class ProfileError(Exception):
+    """The profile holds nothing to go by; the message says what it does hold."""
+
+
+class DeviceTime(NamedTuple):
+    """Seconds that a call's kernels take, gaps between them left out; and of each kernel, by its name."""
+
+    seconds: float
+    events_per_call: float
+    kernels: Mapping[str, float]
+
+
+class _Event(NamedTuple):
+    start: float
+    nanoseconds: float
+    name: str
+
+
+def measure(calls: Sequence[Callable[[], Any]]) -> DeviceTime:
+    """Profiles the calls, which should be compiled already and do the same work.
+
+    Raises:
+        ProfileError: there is no device activity in the profile.
+    """
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    options.host_tracer_level = 1
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            jax.block_until_ready([call() for call in calls])
+        paths = sorted(Path(folder).rglob("*.xplane.pb"))
+        if not paths:
+            raise ProfileError("the profiler wrote no *.xplane.pb")
+        return summarize(ProfileData.from_file(str(paths[0])), len(calls))
+
+
+def summarize(data: ProfileData, calls: int) -> DeviceTime:
+    """The device time of one of ``calls`` calls: the median over the calls, if each made the same number of events."""
+    events = sorted(_events(data))
+    if not events:
+        raise ProfileError(f"no events on a stream of a GPU; the profile has {_describe(data)}")
+    per_call = len(events) / calls
+    if per_call.is_integer():
+        sums = [sum(event.nanoseconds for event in part) for part in _split(events, int(per_call))]
+        nanoseconds = statistics.median(sums)
+    else:
+        nanoseconds = sum(event.nanoseconds for event in events) / calls
+    kernels: collections.Counter[str] = collections.Counter()
+    for event in events:
+        kernels[event.name] += event.nanoseconds / calls / 1e9
+    return DeviceTime(nanoseconds / 1e9, per_call, dict(kernels.most_common()))
+
+
+def _events(data: ProfileData) -> Iterator[_Event]:
+    for plane in data.planes:
+        if plane.name.startswith(_DEVICE_PLANE):
+            for line in plane.lines:
+                if line.name.startswith(_STREAM_LINE):
+                    for event in line.events:
+                        yield _Event(event.start_ns, event.duration_ns, event.name)
+
+
+def _split(events: Sequence[_Event], size: int) -> Iterable[Sequence[_Event]]:
+    return (events[start : start + size] for start in range(0, len(events), size))
+
+
+def _describe(data: ProfileData) -> str:
+    planes = {plane.name: [line.name for line in plane.lines] for plane in data.planes}
+    return "; ".join(f"{name}: {', '.join(lines) or 'no lines'}" for name, lines in planes.items())

@@ -1,0 +1,11 @@
+"""What ``jax-rmsnorm train`` is made of.
+
+Each line depends on those above it:
+
+    config     history    interrupt
+    corpus     model      results     progress
+    step       backend
+    checkpoint generate   loop
+    plan
+    session
+"""

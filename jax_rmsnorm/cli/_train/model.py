@@ -1,0 +1,141 @@
+"""A decoder-only language model over bytes, every norm of which is `jax_rmsnorm.nnx.RMSNorm`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_rmsnorm.nnx import RMSNorm
+
+from .config import VOCABULARY, Config
+
+AttentionImplementation = Literal["cudnn", "xla"]
+_ROTARY_BASE = 10_000.0
+_EPSILON = 1e-6
+
+
+def rotary_angles(length: int, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of position · base^(-2i/head_dim), float32 [length, 1, head_dim / 2] each."""
+    frequency = _ROTARY_BASE ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = jnp.arange(length, dtype=jnp.float32)[:, None, None] * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def apply_rotary(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turns the pairs (x_i, x_{i + head_dim/2}) of x [batch, length, heads, head_dim]."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query attention with normalised queries and keys and rotary embedding."""
+
+    def __init__(
+        self, config: Config, implementation: AttentionImplementation, *, rngs: nnx.Rngs
+    ) -> None:
+        self.heads, self.kv_heads = config.heads, config.kv_heads
+        self.implementation: AttentionImplementation = implementation
+        projected = (config.heads + 2 * config.kv_heads) * config.head_dim
+        self.qkv = _linear(config, config.d_model, projected, rngs=rngs)
+        self.query_norm = _norm(config, config.head_dim, rngs=rngs)
+        self.key_norm = _norm(config, config.head_dim, rngs=rngs)
+        self.out = _residual_linear(config, config.d_model, rngs=rngs)
+
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+        batch, length, d_model = x.shape
+        qkv = self.qkv(x).reshape(batch, length, self.heads + 2 * self.kv_heads, -1)
+        query, key, value = jnp.split(qkv, [self.heads, self.heads + self.kv_heads], axis=2)
+        query = apply_rotary(self.query_norm(query), cos, sin)
+        key = apply_rotary(self.key_norm(key), cos, sin)
+        mixed = jax.nn.dot_product_attention(
+            query, key, value, is_causal=True, implementation=self.implementation
+        )
+        return self.out(mixed.reshape(batch, length, d_model))
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) · up(x)), gate and up in one product."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs) -> None:
+        self.gate_up = _linear(config, config.d_model, 2 * config.mlp_dim, rngs=rngs)
+        self.down = _residual_linear(config, config.mlp_dim, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+        return self.down(nnx.silu(gate) * up)
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and SwiGLU, each added to the residual stream."""
+
+    def __init__(
+        self, config: Config, implementation: AttentionImplementation, *, rngs: nnx.Rngs
+    ) -> None:
+        self.attention_norm = _norm(config, config.d_model, rngs=rngs)
+        self.attention = Attention(config, implementation, rngs=rngs)
+        self.mlp_norm = _norm(config, config.d_model, rngs=rngs)
+        self.mlp = SwiGLU(config, rngs=rngs)
+
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+        x = x + self.attention(self.attention_norm(x), cos, sin)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Decoder(nnx.Module):
+    """Bytes [batch, length] to next-byte logits, float32 [batch, length, 256]."""
+
+    def __init__(
+        self, config: Config, implementation: AttentionImplementation, *, rngs: nnx.Rngs
+    ) -> None:
+        self.head_dim = config.head_dim
+        self.dtype = jnp.dtype(config.dtype)
+        self.embedding = _linear(config, VOCABULARY, config.d_model, std=1.0, rngs=rngs)
+        self.blocks = nnx.List(
+            [Block(config, implementation, rngs=rngs) for _ in range(config.layers)]
+        )
+        self.norm = _norm(config, config.d_model, rngs=rngs)
+        self.head = _linear(config, config.d_model, VOCABULARY, std=0.02, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        # A product with one-hot rows: its gradient is a product too, where a lookup's is a scatter
+        # with many duplicates, slow and on a GPU without a fixed order.
+        x = self.embedding(jax.nn.one_hot(tokens, VOCABULARY, dtype=self.dtype))
+        cos, sin = rotary_angles(tokens.shape[1], self.head_dim)
+        for block in self.blocks:
+            x = block(x, cos, sin)
+        return self.head(self.norm(x)).astype(jnp.float32)
+
+
+def _norm(config: Config, size: int, *, rngs: nnx.Rngs) -> RMSNorm:
+    return RMSNorm(
+        size,
+        epsilon=_EPSILON,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.float32,
+        implementation=config.norm_implementation,
+        rngs=rngs,
+    )
+
+
+def _linear(
+    config: Config, inputs: int, outputs: int, *, std: float | None = None, rngs: nnx.Rngs
+) -> nnx.Linear:
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=False,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.float32,
+        kernel_init=nnx.initializers.normal(inputs**-0.5 if std is None else std),
+        rngs=rngs,
+    )
+
+
+def _residual_linear(config: Config, inputs: int, *, rngs: nnx.Rngs) -> nnx.Linear:
+    """Writes to the residual stream: scaled so that all layers together add about one unit."""
+    std = (2 * config.layers * inputs) ** -0.5
+    return _linear(config, inputs, config.d_model, std=std, rngs=rngs)

@@ -1,0 +1,27 @@
+"""Comparison of trees of arrays. Nothing that is all zero counts as equal."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+
+def assert_same_bits(actual, expected) -> None:
+    """The same structure, dtypes, shapes and bits (any NaN equals any other)."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        a, b = np.asarray(a), np.asarray(b)
+        assert np.any(b)
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(np.signbit(a) & (a == a), np.signbit(b) & (b == b))
+
+
+def assert_near(actual, expected, tolerance: float = 1e-5) -> None:
+    """The same structure and shapes; leaf by leaf, errors relative to the largest magnitude."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert np.shape(a) == np.shape(b)
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.any(b)
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.max(np.abs(b)))

@@ -1,0 +1,223 @@
+"""The CUDA kernels' launch configuration: a plain function, so that it is tested on any host."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import hypothesis.strategies as st
+import jax.numpy as jnp
+import pytest
+from hypothesis import example, given, settings
+
+cuda = pytest.importorskip("jax_rmsnorm._cuda", reason="the CUDA module is not part of this build")
+
+SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+MAX_THREADS = {"forward": 1024, "backward": 512}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call on one device."""
+
+    hidden: int
+    rows: int
+    x: str
+    dy: str
+    aligned: bool
+    groups: int
+    partial_rows: int
+    sm_count: int
+    shared_memory: int
+    max_cluster: int
+    margin: int
+
+    def forward(self, **changes: Any) -> dict[str, Any]:
+        arguments = dataclasses.asdict(dataclasses.replace(self, **changes))
+        for name in ("dy", "groups", "partial_rows"):
+            del arguments[name]
+        return cuda.forward_config(**arguments)
+
+    def backward(self, **changes: Any) -> dict[str, Any]:
+        return cuda.backward_config(**dataclasses.asdict(dataclasses.replace(self, **changes)))
+
+    def both(self, **changes: Any) -> dict[str, dict[str, Any]]:
+        return {"forward": self.forward(**changes), "backward": self.backward(**changes)}
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    x, dy = draw(st.sampled_from(list(SIZES))), draw(st.sampled_from(list(SIZES)))
+    hidden = draw(
+        st.one_of(st.integers(1, 300_000), st.integers(1, 2048), st.sampled_from([65_536, 131_072]))
+    )
+    aligned = draw(st.booleans())
+    if aligned:
+        hidden += -hidden % (16 // min(SIZES[x], SIZES[dy]))
+    sm_count = draw(st.sampled_from([1, 8, 20, 66, 108, 132, 148, 170]))
+    return Case(
+        hidden,
+        draw(st.one_of(st.integers(1, 100), st.integers(1, 2**33))),
+        x,
+        dy,
+        aligned,
+        draw(st.sampled_from([1, 1, 2, 7, 1000, 100_000])),
+        draw(st.integers(1, 2048)),
+        sm_count,
+        draw(st.integers(99, 227)) * 1024,
+        draw(st.sampled_from([1, 8, 16])),
+        draw(st.integers(0, sm_count - 1)),
+    )
+
+
+MAPPING = ("scope", "width", "packets", "threads_per_row", "block", "cluster")
+
+
+def mapping(config: dict[str, Any]) -> dict[str, Any]:
+    """Which thread has which elements."""
+    return {name: config[name] for name in MAPPING}
+
+
+def covered(config: dict[str, Any]) -> int:
+    """Elements of a row that the threads hold at once."""
+    return config["width"] * config["packets"] * config["threads_per_row"] * config["cluster"]
+
+
+def per_sm(config: dict[str, Any], direction: str) -> int:
+    return max(1, MAX_THREADS[direction] // config["block"])
+
+
+@settings(max_examples=300)
+@given(cases())
+def test_the_row_fits(case):
+    for direction, config in case.both().items():
+        narrow = min(SIZES[case.x], SIZES[case.dy]) if direction == "backward" else SIZES[case.x]
+        assert config["width"] == (16 // narrow if case.aligned else 1)
+        assert case.hidden % config["width"] == 0
+        if config["scope"] != "loop":
+            assert covered(config) >= case.hidden
+        else:
+            assert config["cluster"] == 1
+
+
+@settings(max_examples=300)
+@given(cases())
+def test_threads(case):
+    for direction, config in case.both().items():
+        block, threads = config["block"], config["threads_per_row"]
+        assert block % 32 == 0
+        assert 32 <= block <= MAX_THREADS[direction]
+        if config["scope"] == "lanes":
+            assert threads in (1, 2, 4, 8, 16, 32)
+        else:
+            assert threads == block
+        cluster = config["cluster"]
+        assert cluster & (cluster - 1) == 0
+        assert 1 <= cluster <= case.max_cluster
+        assert (cluster > 1) == (config["scope"] == "cluster")
+        assert config["grid"] >= 1
+        assert config["grid"] % cluster == 0
+        assert config["grid"] < 2**31
+
+
+@settings(max_examples=300)
+@given(cases(), cases())
+def test_the_mapping_depends_on_the_row_alone(case, other):
+    """A row's bits must be the same whatever stands beside it, and however many SMs are left to others."""
+    names = ("rows", "groups", "partial_rows", "sm_count", "margin")
+    changes = {name: getattr(other, name) for name in names}
+    for direction, config in case.both().items():
+        changed = case.both(**changes)[direction]
+        assert mapping(config) == mapping(changed)
+        assert config["stages"] == changed["stages"]
+
+
+@settings(max_examples=300)
+@given(cases())
+def test_grid(case):
+    """No more blocks than there is work for, nor than the SMs that are not left to others hold at once."""
+    usable = case.sm_count - case.margin
+    for direction, config in case.both().items():
+        slots = config["block"] // config["threads_per_row"]
+        clusters = config["grid"] // config["cluster"]
+        # The forward interface has one group; without a margin its blocks are left to the hardware's scheduler.
+        groups = case.groups if direction == "backward" else 1
+        items = groups * -(-case.rows // slots)
+        assert clusters <= items
+        persistent = direction == "backward" or case.margin > 0
+        if persistent:
+            resident = max(config["cluster"], usable * per_sm(config, direction))
+            assert config["grid"] <= resident
+        else:
+            assert clusters == min(items, (2**31 - 1) // config["cluster"])
+
+
+@settings(max_examples=300)
+@given(cases())
+def test_partials(case):
+    config = case.backward()
+    slots = config["block"] // config["threads_per_row"]
+    blocks = config["blocks_per_group"]
+    assert 1 <= blocks <= min(case.partial_rows, -(-case.rows // slots))
+    assert config["grid"] // config["cluster"] <= blocks * case.groups
+
+
+@settings(max_examples=300)
+@given(cases())
+def test_shared_memory(case):
+    config = case.backward()
+    assert case.forward()["shared_memory"] == 0
+    on_one_sm = per_sm(config, "backward")
+    # CUDA keeps 1 KiB for itself in each block; launch limits are for one block, occupancy for all that share an SM.
+    assert config["shared_memory"] <= case.shared_memory
+    assert on_one_sm * (config["shared_memory"] + 1024) <= case.shared_memory + 1024 * on_one_sm
+    stage = config["block"] * config["packets"] * config["width"] * (SIZES[case.x] + SIZES[case.dy])
+    assert config["stages"] == 0 or 2 <= config["stages"] <= 6
+    assert config["shared_memory"] >= config["stages"] * stage
+    if not case.aligned or config["scope"] == "loop":
+        assert config["stages"] == 0
+
+
+@settings(max_examples=300)
+@given(cases())
+@example(Case(2048 * 8 + 8, 1, "bfloat16", "bfloat16", True, 1, 1, 132, 232_448, 16, 0))
+def test_no_cliff(case):
+    """Threads do at most about twice the work that the row needs; whole warps are the granularity."""
+    for config in case.both().values():
+        if config["scope"] == "loop":
+            continue
+        granularity = config["width"] * config["packets"] * 32 * config["cluster"]
+        assert covered(config) < 2 * case.hidden + granularity
+
+
+@settings(max_examples=100)
+@given(
+    st.integers(1, 300_000), st.booleans(), st.sampled_from(list(SIZES)), st.sampled_from([8, 16])
+)
+def test_neighbours_are_alike(hidden, aligned, dtype, max_cluster):
+    """The next length of the same alignment costs at most twice as much."""
+    step = 16 // SIZES[dtype] if aligned else 1
+    hidden += -hidden % step
+    for configure in (cuda.forward_config, cuda.backward_config):
+        options = {"rows": 1000, "x": dtype, "aligned": aligned, "max_cluster": max_cluster}
+        if configure is cuda.backward_config:
+            options["dy"] = dtype
+        here, there = (configure(hidden=h, **options) for h in (hidden, hidden + step))
+        if "loop" in (here["scope"], there["scope"]):
+            continue
+        small, large = sorted((covered(here), covered(there)))
+        assert large <= 2 * small
+
+
+@pytest.mark.parametrize("hidden", [65_536])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("dtype", SIZES)
+def test_long_rows_are_read_once(direction, dtype, hidden):
+    """Up to 65,536 aligned elements, on a device with clusters."""
+    configure = getattr(cuda, f"{direction}_config")
+    assert configure(rows=8, hidden=hidden, x=dtype)["scope"] in ("block", "cluster")
+
+
+def test_bad_dtype():
+    with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16, got float64"):
+        cuda.forward_config(rows=1, hidden=1, x=jnp.dtype("float64").name)
