@@ -58,6 +58,8 @@ inline ffi::Error SplitShape(const ffi::AnyBuffer& x, const OptionalArg& gamma, 
   if (x_dims.size() == 0 || x_dims.back() == 0)
     return Invalid("x must end in an axis of one element or more");
   shape->hidden = x_dims.back();
+  // The kernels count columns in 32 bits, and add a block's width to them.
+  if (shape->hidden > int64_t{1} << 30) return Invalid("x's last axis must have 2^30 elements or fewer");
   shape->groups = 1;
   size_t group_axes = 0;
   if (gamma) {

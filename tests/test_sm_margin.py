@@ -34,7 +34,7 @@ def gpus(monkeypatch):
 
 
 def in_custom_calls(sm_margin) -> list[int]:
-    """The margins of a differentiated call's forward and backward and of an inference call's, as the kernels get them."""
+    """As the kernels get them: of a differentiated call's forward and backward, and of an inference call."""
 
     def norm(x):
         return rms_norm(x, sm_margin=sm_margin)

@@ -18,59 +18,84 @@ constexpr int NextPowerOfTwo(int64_t n) {
 
 constexpr int WholeWarps(int64_t threads) { return static_cast<int>(CeilDiv(threads, kWarp)) * kWarp; }
 
-// Limits of one kernel family: what its instantiations hold in registers.
-struct Limits {
-  int lanes_block;      // threads a block where rows are narrower than a warp
-  int max_threads;      // threads a block elsewhere
-  int block_packets;    // packets a thread in the usual block
-  int largest_packets;  // packets a thread before a row is split over a cluster
-};
-
-// Scope, width, packets, threads and cluster size, from the length of a row alone.
-LaunchConfig ConfigureRow(const Device& device, int64_t hidden, int width, const Limits& limits) {
+// Where a row is no longer than a warp's registers allow, part of a warp takes it.
+LaunchConfig Lanes(int64_t packets, int per_thread, int width, int block) {
   LaunchConfig config;
+  config.scope = Scope::kLanes;
   config.width = width;
-  const int64_t packets = CeilDiv(hidden, width);
-  const bool wide = width > 1;
-  const int lanes_packets = wide ? 4 : 16;
-
-  if (packets <= kWarp * lanes_packets) {
-    config.scope = Scope::kLanes;
-    config.block = limits.lanes_block;
-    if (wide) {
-      config.packets = packets <= 8 ? 1 : packets <= 2 * kWarp ? 2 : 4;
-    } else {
-      config.packets = packets <= 4 * kWarp ? 4 : 16;
-    }
-    config.threads_per_row = std::min(NextPowerOfTwo(CeilDiv(packets, config.packets)), kWarp);
-    return config;
-  }
-
-  const int usual = wide ? limits.block_packets : 16;
-  const int largest = wide ? limits.largest_packets : 16;
-  for (int per_thread : {usual, largest}) {
-    if (packets > int64_t{per_thread} * limits.max_threads) continue;
-    config.scope = Scope::kBlock;
-    config.packets = per_thread;
-    config.block = config.threads_per_row = WholeWarps(CeilDiv(packets, per_thread));
-    return config;
-  }
-
-  const int per_thread = wide ? 4 : 16;
-  const int64_t slice = int64_t{per_thread} * limits.max_threads;
-  const int64_t cluster = NextPowerOfTwo(CeilDiv(packets, slice));
-  if (cluster <= device.max_cluster) {
-    config.scope = Scope::kCluster;
-    config.packets = per_thread;
-    config.cluster = static_cast<int>(cluster);
-    config.block = config.threads_per_row = WholeWarps(CeilDiv(CeilDiv(packets, cluster), per_thread));
-    return config;
-  }
-
-  config.scope = Scope::kLoop;
-  config.packets = 1;
-  config.block = config.threads_per_row = limits.max_threads;
+  config.packets = per_thread;
+  config.threads_per_row = NextPowerOfTwo(CeilDiv(packets, per_thread));
+  config.block = block;
   return config;
+}
+
+// A row for `cluster` blocks, or for one.
+LaunchConfig Blocks(int64_t packets, int per_thread, int width, int64_t cluster) {
+  LaunchConfig config;
+  config.scope = cluster > 1 ? Scope::kCluster : Scope::kBlock;
+  config.width = width;
+  config.packets = per_thread;
+  config.cluster = static_cast<int>(cluster);
+  config.block = config.threads_per_row = WholeWarps(CeilDiv(packets, per_thread * cluster));
+  return config;
+}
+
+LaunchConfig Loop(int width, int block) {
+  LaunchConfig config;
+  config.scope = Scope::kLoop;
+  config.width = width;
+  config.block = config.threads_per_row = block;
+  return config;
+}
+
+// Blocks that a row of `packets` needs at most `per_thread` packets a thread and `threads` a block: a power of two.
+int ClusterFor(int64_t packets, int per_thread, int threads) {
+  return NextPowerOfTwo(CeilDiv(packets, int64_t{per_thread} * threads));
+}
+
+// The layout of unaligned rows, an element a packet, the same for forward and backward.
+LaunchConfig Unaligned(const Device& device, int64_t hidden, int lanes_block, int max_threads) {
+  if (hidden <= 4 * kWarp) return Lanes(hidden, 4, 1, lanes_block);
+  if (hidden <= 16 * kWarp) return Lanes(hidden, 16, 1, lanes_block);
+  const int cluster = ClusterFor(hidden, 16, max_threads);
+  return cluster <= device.max_cluster ? Blocks(hidden, 16, 1, cluster) : Loop(1, max_threads);
+}
+
+LaunchConfig AlignedForward(const Device& device, int64_t hidden, int width) {
+  constexpr int kThreads = 1024;
+  const int64_t packets = CeilDiv(hidden, width);
+  if (packets <= 8) return Lanes(packets, 1, width, 128);
+  if (packets <= 2 * kWarp) return Lanes(packets, 2, width, 128);
+  if (packets <= 4 * kWarp) return Lanes(packets, 4, width, 128);
+  if (packets <= 4 * kThreads) return Blocks(packets, 4, width, 1);
+  const int cluster = ClusterFor(packets, 4, kThreads / 2);
+  if (cluster <= device.max_cluster) return Blocks(packets, 4, width, cluster);
+  const int larger = ClusterFor(packets, 4, kThreads);
+  if (larger <= device.max_cluster) return Blocks(packets, 4, width, larger);
+  if (packets <= 8 * kThreads) return Blocks(packets, 8, width, 1);
+  return Loop(width, kThreads);
+}
+
+// Layouts without a ring of stages in shared memory are left to the caller.
+LaunchConfig AlignedBackward(const Device& device, int64_t hidden, int width, int64_t pair_bytes) {
+  constexpr int kThreads = 512;  // a block and an SM, at up to 128 registers each
+  constexpr int kOtherSharedMemory = 7 * 1024;  // the sums, up to 5 KiB in a cluster, and the system's 1 KiB
+  const int64_t packets = CeilDiv(hidden, width);
+  LaunchConfig config;
+  if (packets <= 2 * kWarp) {
+    config = Lanes(packets, packets == 1 ? 1 : 2, width, kThreads);
+  } else {
+    const int cluster = ClusterFor(packets, 2, kThreads);
+    if (cluster > device.max_cluster) return Loop(width, kThreads);
+    config = Blocks(packets, 2, width, cluster);
+    // Several rows a block where there is room: fewer blocks, and fewer partial rows of dgamma.
+    if (cluster == 1) config.block *= kThreads / config.block;
+  }
+  const int64_t stage = config.block * config.packets * pair_bytes;
+  const int64_t room = device.shared_memory - kOtherSharedMemory;
+  config.stages = kManyStages * stage <= room ? kManyStages : kFewStages;
+  config.shared_memory = config.stages * stage;
+  return config.shared_memory <= room ? config : Loop(width, kThreads);
 }
 
 int UsableSMs(const Device& device, int margin) { return std::max(1, device.sm_count - std::max(0, margin)); }
@@ -85,11 +110,8 @@ int64_t ResidentClusters(int sms, int cluster) {
 }  // namespace
 
 LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x, bool aligned, int margin) {
-  const int width = aligned ? static_cast<int>(16 / SizeOf(x)) : 1;
-  // 8 packets: 64 registers of fp32 sums and raw data, which 1024 threads can have; used without clusters
-  // only.
-  const Limits limits{128, 1024, 4, device.max_cluster > 1 ? 4 : 8};
-  LaunchConfig config = ConfigureRow(device, shape.hidden, width, limits);
+  LaunchConfig config = aligned ? AlignedForward(device, shape.hidden, static_cast<int>(16 / SizeOf(x)))
+                                : Unaligned(device, shape.hidden, 128, 1024);
   const int64_t slots = config.block / config.threads_per_row;
   const int64_t items = CeilDiv(shape.groups * shape.rows, slots);
   // Without a margin the hardware scheduler deals out the rows; with one the grid is persistent.
@@ -105,32 +127,20 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
 
 LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x, DType dy, bool aligned,
                                int64_t partial_rows, int margin) {
-  constexpr int kThreadsPerSM = 512;  // at up to 128 registers each, which the kernels' launch bounds grant
-  constexpr int kMaxStages = 6;
-  constexpr int kOtherSharedMemory =
-      6 * 1024;  // a block's sums (up to 4 KiB in a cluster), and the system's 1 KiB
-  const auto narrow = std::min(SizeOf(x), SizeOf(dy));
-  const int width = aligned ? static_cast<int>(16 / narrow) : 1;
-  const Limits limits{256, kThreadsPerSM, 2, 4};
-  LaunchConfig config = ConfigureRow(device, shape.hidden, width, limits);
-
-  const int blocks_per_sm = std::max(1, kThreadsPerSM / config.block);
-  if (aligned && config.scope != Scope::kLoop) {
-    const int64_t stage = int64_t{config.block} * config.packets * width * (SizeOf(x) + SizeOf(dy));
-    const int64_t budget = device.shared_memory / blocks_per_sm - kOtherSharedMemory;
-    config.stages = static_cast<int>(std::min<int64_t>(kMaxStages, budget / stage));
-    if (config.stages < 2) config.stages = 0;
-    config.shared_memory = config.stages * stage;
-  }
+  const auto width = static_cast<int>(16 / std::min(SizeOf(x), SizeOf(dy)));
+  LaunchConfig config =
+      aligned ? AlignedBackward(device, shape.hidden, width, width * (SizeOf(x) + SizeOf(dy)))
+              : Unaligned(device, shape.hidden, 256, 512);
   const int64_t slots = config.block / config.threads_per_row;
-  if (config.scope == Scope::kLanes) {
-    // At the end the slots of a block add up their columns of dgamma here.
+  if (slots > 1) {
+    // At the end the slots of a block add up their columns of dgamma in shared memory.
     config.shared_memory = std::max(config.shared_memory, slots * shape.hidden * 4);
   }
 
   const int sms = UsableSMs(device, margin);
-  const int64_t resident =
-      config.cluster > 1 ? ResidentClusters(sms, config.cluster) : int64_t{sms} * blocks_per_sm;
+  const int blocks_per_sm = config.stages > 0 ? 1 : std::max(1, 512 / config.block);
+  const int64_t resident = config.cluster > 1 ? ResidentClusters(sms, config.cluster)
+                                              : int64_t{sms} * blocks_per_sm;
   const int64_t items = CeilDiv(shape.rows, slots);
   const int64_t wanted = std::max<int64_t>(1, resident / std::max<int64_t>(1, shape.groups));
   config.blocks_per_group =

@@ -16,10 +16,14 @@ enum class Scope : int32_t {
   kLoop,     // a block that reads the row twice: rows too long for all of the above
 };
 
+// Stages of the backward's ring of rows; a choice of two, since the kernels wait by compile-time counts.
+constexpr int kManyStages = 6;
+constexpr int kFewStages = 3;
+
 struct Device {
   int sm_count = 0;
   int shared_memory = 0;  // bytes that one block can have, and (about) all that an SM has
-  int max_cluster = 1;    // 1: the device has no clusters
+  int max_cluster = 1;    // 1: the device, or the code compiled for it, has no clusters
 };
 
 struct LaunchConfig {

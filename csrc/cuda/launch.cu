@@ -27,6 +27,20 @@ JAX_RMSNORM_EXTERN_BACKWARD(__half);
 
 namespace {
 
+// f(T{}) with the element type that `dtype` names.
+template <typename F>
+cudaError_t DispatchType(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kF32:
+      return f(float{});
+    case DType::kBF16:
+      return f(__nv_bfloat16{});
+    case DType::kF16:
+      return f(__half{});
+  }
+  return cudaErrorInvalidValue;
+}
+
 // Whether each row of a [.., hidden] tensor at `data` begins where `width` elements can be read in accesses
 // of up to 16 bytes. A null tensor is no obstacle.
 bool RowsAligned(const void* data, DType dtype, int64_t hidden, int64_t width) {
@@ -96,8 +110,12 @@ cudaError_t CurrentDevice(Device* device) {
     error = cudaDeviceGetAttribute(value, attribute, ordinal);
     if (error != cudaSuccess) return error;
   }
-  // Clusters of 16 are what data-centre chips allow beyond the portable 8.
-  device->max_cluster = major < 9 ? 1 : major < 12 ? 16 : 8;
+  // Clusters need code compiled for 9.0 or later, which is not what an older build's PTX becomes on a newer chip. 16
+  // blocks are what data-centre chips allow beyond the portable 8.
+  cudaFuncAttributes attributes;
+  error = cudaFuncGetAttributes(&attributes, FinishKernel);
+  if (error != cudaSuccess) return error;
+  device->max_cluster = major < 9 || attributes.ptxVersion < 90 ? 1 : major < 12 ? 16 : 8;
   if (ordinal < kDevices) {
     static std::atomic_flag writing = ATOMIC_FLAG_INIT;
     if (!writing.test_and_set(std::memory_order_acquire)) {
@@ -120,7 +138,7 @@ cudaError_t LaunchForward(const ForwardArgs& args, int margin, cudaStream_t stre
                        RowsAligned(args.y, args.y_dtype, shape.hidden, width) &&
                        RowsAligned(args.gamma, args.gamma_dtype, shape.hidden, width);
   const LaunchConfig config = ConfigureForward(device, shape, args.x_dtype, aligned, margin);
-  return WithType(args.x_dtype, [&](auto x) { return LaunchForwardAs<decltype(x)>(args, config, stream); });
+  return DispatchType(args.x_dtype, [&](auto x) { return LaunchForwardAs<decltype(x)>(args, config, stream); });
 }
 
 cudaError_t LaunchBackward(const BackwardArgs& args, int margin, cudaStream_t stream) {
@@ -137,12 +155,14 @@ cudaError_t LaunchBackward(const BackwardArgs& args, int margin, cudaStream_t st
   const bool aligned = RowsAligned(args.x, args.x_dtype, shape.hidden, width) &&
                        RowsAligned(args.dx, args.x_dtype, shape.hidden, width) &&
                        RowsAligned(args.dy, args.dy_dtype, shape.hidden, width) &&
-                       RowsAligned(args.gamma, args.gamma_dtype, shape.hidden, width);
+                       RowsAligned(args.gamma, args.gamma_dtype, shape.hidden, width) &&
+                       RowsAligned(args.dgamma, args.gamma_dtype, shape.hidden, width) &&
+                       RowsAligned(args.partials, DType::kF32, shape.hidden, width);
   const int64_t partial_rows = args.dgamma == nullptr ? shape.rows : args.partial_rows;
   const LaunchConfig config =
       ConfigureBackward(device, shape, args.x_dtype, args.dy_dtype, aligned, partial_rows, margin);
-  error = WithType(args.x_dtype, [&](auto x) {
-    return WithType(args.dy_dtype, [&](auto dy) {
+  error = DispatchType(args.x_dtype, [&](auto x) {
+    return DispatchType(args.dy_dtype, [&](auto dy) {
       return LaunchBackwardAs<decltype(x), decltype(dy)>(args, config, stream);
     });
   });

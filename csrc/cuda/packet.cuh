@@ -85,18 +85,17 @@ struct Packet {
 
 // Calls f(T{}) with the element type that `dtype` names: one branch, the same for the whole grid.
 template <typename F>
-__host__ __device__ __forceinline__ decltype(auto) WithType(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kBF16:
-      return f(__nv_bfloat16{});
-    case DType::kF16:
-      return f(__half{});
-    default:
-      return f(float{});
+__device__ __forceinline__ void WithType(DType dtype, F&& f) {
+  if (dtype == DType::kBF16) {
+    f(__nv_bfloat16{});
+  } else if (dtype == DType::kF16) {
+    f(__half{});
+  } else {
+    f(float{});
   }
 }
 
-// gamma's values at [column, column + kSize), one where there is no gamma. `row` is gamma's own row.
+// gamma's kSize values from `offset` on; one where there is no gamma.
 template <int kSize>
 __device__ __forceinline__ void LoadGamma(const void* gamma, DType dtype, bool zero_centered, int64_t offset,
                                           float (&values)[kSize]) {
@@ -135,29 +134,10 @@ __device__ __forceinline__ void CopyAsync16(void* shared, const void* global) {
 
 __device__ __forceinline__ void CommitCopies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 
+// Waits until at most kPending of this thread's groups of copies are under way.
 template <int kPending>
 __device__ __forceinline__ void WaitCopies() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
-}
-
-// Waits until at most `pending` of this thread's groups are under way; 0 to 6.
-__device__ __forceinline__ void WaitCopies(int pending) {
-  switch (pending) {
-    case 1:
-      return WaitCopies<1>();
-    case 2:
-      return WaitCopies<2>();
-    case 3:
-      return WaitCopies<3>();
-    case 4:
-      return WaitCopies<4>();
-    case 5:
-      return WaitCopies<5>();
-    case 6:
-      return WaitCopies<6>();
-    default:
-      return WaitCopies<0>();
-  }
 }
 
 }  // namespace jax_rmsnorm

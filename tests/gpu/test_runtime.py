@@ -62,7 +62,8 @@ def test_recorded_into_a_cuda_graph(tmp_path):
         }
         return jax.jit(jax.grad(chain)).lower(x).compile(compiler_options=options)
 
-    def profile(compiled, folder) -> collections.Counter[str]:
+    def profile(compiled, folder) -> collections.Counter[tuple[str, str]]:
+        """How often each event happened, by the plane (host or device) and name."""
         for _ in range(2):  # the first calls record
             jax.block_until_ready(compiled(x))
         with jax.profiler.trace(folder):
@@ -70,19 +71,25 @@ def test_recorded_into_a_cuda_graph(tmp_path):
                 jax.block_until_ready(compiled(x))
         (file,) = folder.glob("**/*.xplane.pb")
         planes = jax.profiler.ProfileData.from_file(str(file)).planes
-        return collections.Counter(e.name for p in planes for line in p.lines for e in line.events)
+        return collections.Counter(
+            (plane.name, event.name)
+            for plane in planes
+            for line in plane.lines
+            for event in line.events
+        )
 
-    def count(events: collections.Counter[str], part: str) -> int:
-        return sum(n for name, n in events.items() if part in name)
+    def count(events: collections.Counter[tuple[str, str]], plane: str, part: str) -> int:
+        return sum(n for key, n in events.items() if plane in key[0] and part in key[1])
 
     with_graph, without = compile_with("FUSION,CUSTOM_CALL"), compile_with("")
     np.testing.assert_array_equal(with_graph(x), without(x))
     graph_events = profile(with_graph, tmp_path / "graph")
     plain_events = profile(without, tmp_path / "plain")
-    assert count(graph_events, "cuGraphLaunch") == 3, graph_events
-    assert count(plain_events, "cuGraphLaunch") == 0, plain_events
+    assert count(graph_events, "host", "cuGraphLaunch") == 3, graph_events
+    assert count(plain_events, "host", "cuGraphLaunch") == 0, plain_events
     for kernel in ("ForwardKernel", "BackwardKernel"):
-        assert count(graph_events, kernel) == count(plain_events, kernel) == 12, graph_events
+        assert count(graph_events, "GPU", kernel) == 12, graph_events
+        assert count(plain_events, "GPU", kernel) == 12, plain_events
     np.testing.assert_array_equal(with_graph(x), without(x))
 
 

@@ -72,7 +72,7 @@ def _panel(axes: Any, rows: Sequence[Row], names: Sequence[str]) -> None:
         speeds = [row.bytes_per_second(name) for row in rows]
         values = [float("nan") if speed is None else speed / 1e9 for speed in speeds]
         axes.plot(places, values, label=name, **styles[name])
-    labels = [f"{row.case.hidden:,}\n×{row.case.rows:,}" for row in rows]
+    labels = [f"{row.case.hidden:,}\nx {row.case.rows:,}" for row in rows]
     axes.set_xticks(list(places), labels, fontsize=8)
     axes.margins(x=0.06)
     axes.grid(alpha=0.25)

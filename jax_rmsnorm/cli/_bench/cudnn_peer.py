@@ -1,5 +1,8 @@
 """The norm as two graphs of cuDNN's Python frontend, behind PyTorch's autograd."""
 
+# None of these packages is a dependency, not even of the tests.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping

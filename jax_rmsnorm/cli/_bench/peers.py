@@ -1,5 +1,8 @@
 """The list of all contenders, and the rivals in JAX that are packages of their own."""
 
+# None of these packages is a dependency, not even of the tests.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping

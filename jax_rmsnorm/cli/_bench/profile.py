@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -54,8 +53,13 @@ def measure(calls: Sequence[Callable[[], Any]]) -> DeviceTime:
         return summarize(ProfileData.from_file(str(paths[0])), len(calls))
 
 
-def summarize(data: ProfileData, calls: int) -> DeviceTime:
-    """The device time of one of ``calls`` calls: the median over the calls, if each made the same number of events."""
+def summarize(data: Any, calls: int) -> DeviceTime:
+    """The device time of one of ``calls`` calls: their median, if each made the same number of events.
+
+    Args:
+        data: a `jax.profiler.ProfileData` (which is no type to a type checker).
+        calls: number of calls in it, one after the other.
+    """
     events = sorted(_events(data))
     if not events:
         raise ProfileError(f"no events on a stream of a GPU; the profile has {_describe(data)}")
@@ -65,13 +69,13 @@ def summarize(data: ProfileData, calls: int) -> DeviceTime:
         nanoseconds = statistics.median(sums)
     else:
         nanoseconds = sum(event.nanoseconds for event in events) / calls
-    kernels: collections.Counter[str] = collections.Counter()
+    kernels: dict[str, float] = {}
     for event in events:
-        kernels[event.name] += event.nanoseconds / calls / 1e9
-    return DeviceTime(nanoseconds / 1e9, per_call, dict(kernels.most_common()))
+        kernels[event.name] = kernels.get(event.name, 0.0) + event.nanoseconds / calls / 1e9
+    return DeviceTime(nanoseconds / 1e9, per_call, kernels)
 
 
-def _events(data: ProfileData) -> Iterator[_Event]:
+def _events(data: Any) -> Iterator[_Event]:
     for plane in data.planes:
         if plane.name.startswith(_DEVICE_PLANE):
             for line in plane.lines:
@@ -84,6 +88,6 @@ def _split(events: Sequence[_Event], size: int) -> Iterable[Sequence[_Event]]:
     return (events[start : start + size] for start in range(0, len(events), size))
 
 
-def _describe(data: ProfileData) -> str:
+def _describe(data: Any) -> str:
     planes = {plane.name: [line.name for line in plane.lines] for plane in data.planes}
     return "; ".join(f"{name}: {', '.join(lines) or 'no lines'}" for name, lines in planes.items())

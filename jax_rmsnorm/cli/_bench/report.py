@@ -14,7 +14,6 @@ from .names import KERNEL, ROOF
 from .results import Cell, Row, Summary, summarize
 
 
-
 def make_console() -> Console:
     """Standard output, with text as it is: no markup, no coloured numbers, no hard wraps."""
     return Console(highlight=False, markup=False, soft_wrap=True)
@@ -50,8 +49,10 @@ def table(rows: Sequence[Row]) -> Table:
         dict.fromkeys(name for row in rows for name in row.cells if name not in (KERNEL, ROOF))
     )
     columns = list(_columns(rows, others))
-    shown = Table(box=SIMPLE_HEAD, pad_edge=False, title="microseconds a call", title_justify="left")
-    shown.add_column("rows×hidden")
+    shown = Table(
+        box=SIMPLE_HEAD, pad_edge=False, title="microseconds a call", title_justify="left"
+    )
+    shown.add_column("rows x hidden")
     for column in columns:
         shown.add_column(column.header, justify="right")
     for summary in summarize(rows):
@@ -161,4 +162,4 @@ def _decimals(ratio: float | None) -> str | None:
 
 
 def _times(ratio: float | None) -> str | None:
-    return None if ratio is None else f"{ratio:.2f}×"
+    return None if ratio is None else f"{ratio:.2f}x"

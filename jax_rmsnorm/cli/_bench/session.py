@@ -21,15 +21,19 @@ from .._errors import CommandError, OptionError
 from . import inputs, report, results, shapes
 from .check import Check
 from .contenders import Contender
-from .names import KERNEL, RIVALS
+from .names import KERNEL, RIVALS, ROOF
 from .peers import CONTENDERS
 from .results import Cell, Row
 from .shapes import Case
 from .timing import PLANS, Plan, Prepared, race
 
-_CACHE_BYTES = {"cpu": 0, "gpu": 60 * 2**20}  # the second level on an H200, the largest so far
-_DISTRIBUTIONS = ("flax", "tokamax", "torch", "triton", "liger-kernel", "quack-kernels")
-_MORE_DISTRIBUTIONS = ("flashinfer-python", "nvidia-cudnn-frontend", "nvidia-cudnn-cu13")
+_CACHE_BYTES = {"cpu": 0, "gpu": 60 * 2**20}  # the second level on an H200
+_PROFILED = {KERNEL, ROOF, "jnp"}  # enough to tell launch gaps from kernels
+_DISTRIBUTIONS = (
+    *("jax-rmsnorm", "jax", "jaxlib", "numpy", "flax", "tokamax", "torch", "triton"),
+    *("liger-kernel", "quack-kernels", "flashinfer-python"),
+    *("nvidia-cudnn-frontend", "nvidia-cudnn-cu13"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +59,6 @@ def run(request: Request) -> None:
     device = jax.default_backend()
     if device not in PLANS:
         raise CommandError(f"there are kernels for cpu and gpu only, and JAX runs on {device}")
-    native = _ffi.CUDA if device == "gpu" else _ffi.CPU
-    if native.module is None:
-        raise CommandError(f"there is no kernel to measure on {device}: {native.reason}")
     defaults = shapes.DEFAULTS[device]
     cases = list(
         shapes.cases(
@@ -67,6 +68,10 @@ def run(request: Request) -> None:
         )
     )
     contenders, absent = _choose(request.against, device)
+    native = _ffi.CUDA if device == "gpu" else _ffi.CPU
+    if native.module is None:
+        raise CommandError(f"there is no kernel to measure on {device}: {native.reason}")
+    started = time.perf_counter()
     environment = _environment()
     console = report.make_console()
     for name, value in environment.items():
@@ -83,6 +88,7 @@ def run(request: Request) -> None:
 
     console.print()
     report.print_table(console, rows)
+    console.print(f"{len(rows)} cases in {time.perf_counter() - started:.0f} s.")
     for note in report.notes(rows, absent, _CACHE_BYTES[device]):
         console.print(note)
     if request.plot is not None:
@@ -127,11 +133,13 @@ class _Runner:
         for name, contender in self.contenders.items():
             try:
                 ready[name] = contender.prepare(case, sets, self.plan)
-                problem = check.problem(ready[name].results()) if contender.is_norm else None
+                problem = contender.problem(ready[name].results(), check)
                 cells[name] = Cell("timed") if problem is None else Cell("wrong", problem)
             except Exception as error:  # a rival may raise anything, and the run goes on
                 cells[name] = _failure(error)
-        ready = {name: prepared for name, prepared in ready.items() if cells[name].status == "timed"}
+        ready = {
+            name: prepared for name, prepared in ready.items() if cells[name].status == "timed"
+        }
         for name, timing in self._race(ready, cells):
             cells[name].timing = timing
         if self.profile:
@@ -160,9 +168,9 @@ class _Runner:
         return chains
 
     def _profile(self, ready: Mapping[str, Prepared], cells: Mapping[str, Cell]) -> None:
-        for name, prepared in ready.items():
+        for name in _PROFILED & ready.keys():
             try:
-                cells[name].device = prepared.profile()
+                cells[name].device = ready[name].profile()
             except Exception as error:  # profilers fail in many ways, and the times are there
                 cells[name].message = f"no device time: {_describe(error)}"
 
@@ -180,8 +188,7 @@ def _environment() -> dict[str, str]:
     """What times depend on besides the code: device and versions."""
     device = jax.devices()[0]
     kernels: Any = jax_rmsnorm.info()["cuda kernels" if device.platform == "gpu" else "cpu kernels"]
-    distributions = ("jax-rmsnorm", "jax", "jaxlib", "numpy", *_DISTRIBUTIONS, *_MORE_DISTRIBUTIONS)
-    installed = {name: _version(name) for name in distributions}
+    installed = {name: _version(name) for name in _DISTRIBUTIONS}
     return {
         "device": f"{device.device_kind} ({platform.machine()}, {os.cpu_count()} CPU cores)",
         "platform": " ".join(device.client.platform_version.split()),

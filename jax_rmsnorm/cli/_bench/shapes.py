@@ -76,7 +76,7 @@ class Case:
 
     @property
     def size(self) -> str:
-        return f"{self.rows}×{self.hidden}"
+        return f"{self.rows}x{self.hidden}"
 
     @property
     def dtypes(self) -> str:
@@ -110,7 +110,7 @@ def parse_shapes(words: Iterable[str]) -> list[Shape]:
 def _shapes(word: str) -> Sequence[Shape]:
     if word in TABLES:
         return TABLES[word]
-    match = re.fullmatch(r"(\d+)[x×](\d+)", word)
+    match = re.fullmatch(r"(\d+)x(\d+)", word)
     if match is None or "0" in match.groups():
         raise OptionError(
             f"--shapes: must be a table ({', '.join(TABLES)}) or ROWSxHIDDEN, got {word!r}"

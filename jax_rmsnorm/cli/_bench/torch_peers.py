@@ -4,6 +4,9 @@ All are timed as replays of a CUDA graph of calls on the same input sets as the 
 JAX's memory. The backward is what autograd runs, from what the forward saved.
 """
 
+# None of these packages is a dependency, not even of the tests.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import importlib.util
@@ -72,9 +75,9 @@ class _PreparedGraph(Prepared):
                 if not chain:
                     return [call(head) for call, head in calls]
                 call, head = calls[0]
-                for _ in range(self._calls):
-                    results = call(head)
-                    head = results[0]
+                results = call(head)
+                for _ in range(self._calls - 1):
+                    results = call(results[0])
                 return [results]
 
             for _ in range(_WARM_UPS):
