@@ -107,10 +107,11 @@ def test_threads(case):
         block, threads = config["block"], config["threads_per_row"]
         assert block % 32 == 0
         assert 32 <= block <= MAX_THREADS[direction]
+        assert block % threads == 0
         if config["scope"] == "lanes":
             assert threads in (1, 2, 4, 8, 16, 32)
         else:
-            assert threads == block
+            assert threads % 32 == 0
         cluster = config["cluster"]
         assert cluster & (cluster - 1) == 0
         assert 1 <= cluster <= case.max_cluster
@@ -168,11 +169,10 @@ def test_shared_memory(case):
     config = case.backward()
     assert case.forward()["shared_memory"] == 0
     on_one_sm = per_sm(config, "backward")
-    # CUDA keeps 1 KiB for itself in each block; launch limits are for one block, occupancy for all that share an SM.
-    assert config["shared_memory"] <= case.shared_memory
-    assert on_one_sm * (config["shared_memory"] + 1024) <= case.shared_memory + 1024 * on_one_sm
+    # The limit of one block is about all that an SM has, which the blocks on it share.
+    assert on_one_sm * config["shared_memory"] <= case.shared_memory
     stage = config["block"] * config["packets"] * config["width"] * (SIZES[case.x] + SIZES[case.dy])
-    assert config["stages"] == 0 or 2 <= config["stages"] <= 6
+    assert config["stages"] == 0 or config["stages"] >= 2
     assert config["shared_memory"] >= config["stages"] * stage
     if not case.aligned or config["scope"] == "loop":
         assert config["stages"] == 0

@@ -4,7 +4,6 @@
 
 #include <cmath>
 #include <cstring>
-#include <vector>
 
 #include "simd.h"
 
@@ -67,21 +66,27 @@ class Gamma {
         hidden_(args.shape.hidden),
         zero_centered_(args.arithmetic.zero_centered_gamma) {}
 
+  Gamma(const Gamma&) = delete;
+  Gamma& operator=(const Gamma&) = delete;
+  ~Gamma() { delete[] values_; }
+
   const float* Row(int64_t group) {
     if (group == group_) return row_;
     group_ = group;
     if (gamma_ != nullptr && dtype_ == DType::kF32 && !zero_centered_) {
       return row_ = static_cast<const float*>(gamma_) + group * hidden_;
     }
-    values_.resize(static_cast<size_t>(hidden_), 1.0f);
-    if (gamma_ != nullptr) {
+    if (values_ == nullptr) values_ = new float[static_cast<size_t>(hidden_)];
+    if (gamma_ == nullptr) {
+      for (int64_t i = 0; i < hidden_; ++i) values_[i] = 1.0f;
+    } else {
       WithType(dtype_, [&](auto tag) {
         const auto* from = static_cast<const decltype(tag)*>(gamma_) + group * hidden_;
-        const Floats center = Broadcast(zero_centered_ ? 1.0f : 0.0f);
-        ForColumns(0, hidden_, [&](auto load, auto store) { store(values_.data(), load(from) + center); });
+        const Floats center = Broadcast(zero_centered_ ? 1.0f : -0.0f);
+        ForColumns(0, hidden_, [&](auto load, auto store) { store(values_, load(from) + center); });
       });
     }
-    return row_ = values_.data();
+    return row_ = values_;
   }
 
  private:
@@ -91,7 +96,7 @@ class Gamma {
   bool zero_centered_;
   int64_t group_ = -1;
   const float* row_ = nullptr;
-  std::vector<float> values_;
+  float* values_ = nullptr;  // not a std::vector, whose code would be shared between instruction sets
 };
 
 template <typename X, typename Y, bool kRound>

@@ -75,15 +75,17 @@ inline Halves Narrow(Float16, Floats values) {
   return (Halves)_mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT);
 }
 #else
-// A float16 shifted into a float32's place is 2^112 times too small, subnormals included: one product sets
-// that right.
+// Exponents are moved by integer addition, and subnormals made of normal numbers alone: XLA's threads take
+// subnormal float32 for zero.
 inline Floats Widen(Float16, Halves bits) {
   const Words wide = __builtin_convertvector(bits, Words);
   const Words magnitude = (wide & 0x7fffu) << 13;
   const Words special = BitCast<Words>(magnitude >= 0x0f800000u);  // inf and NaN keep an exponent of all ones
-  const Words finite = BitCast<Words>(BitCast<Floats>(magnitude) * 0x1p112f);
-  return BitCast<Floats>((finite & ~special) | ((magnitude | 0x7f800000u) & special) |
-                         ((wide & 0x8000u) << 16));
+  const Words small = BitCast<Words>(magnitude < 0x00800000u);
+  const Words normal = magnitude + 0x38000000u;
+  const Words subnormal = BitCast<Words>(BitCast<Floats>(magnitude + 0x38800000u) - 0x1p-14f);
+  return BitCast<Floats>((normal & ~small & ~special) | (subnormal & small) |
+                         ((magnitude | 0x7f800000u) & special) | ((wide & 0x8000u) << 16));
 }
 
 // Normal results by integer rounding of the bits; subnormal ones by an addition whose last bit is float16's.

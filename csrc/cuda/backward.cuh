@@ -6,8 +6,8 @@
 
 namespace jax_rmsnorm {
 
-// The rows in flight: a ring of stages in shared memory. Each thread copies in what it alone will read, so that no
-// barrier is needed, only a wait for its own copies.
+// The rows in flight: a ring of stages in shared memory. Each thread copies in what it alone will read, so
+// that no barrier is needed, only a wait for its own copies.
 template <typename T, typename D, int kSize, int kPackets>
 class RowRing {
  public:
@@ -16,46 +16,55 @@ class RowRing {
   static constexpr int kWords = X::kWords + Dy::kWords;  // of 16 bytes, in a packet of x and one of dy
   static_assert(X::kAccess == 16 && Dy::kAccess == 16);
 
-  __device__ explicit RowRing(uint4* shared) : base_(shared + threadIdx.x) {}
+  __device__ explicit RowRing(const uint4* shared)
+      : base_(SharedAddress(shared + threadIdx.x)), stride_(blockDim.x * sizeof(uint4)) {}
 
   // Starts the copy of packet k of the row that will be read in `stage`.
   __device__ __forceinline__ void Copy(int stage, int k, const T* x, const D* dy) const {
-    uint4* to = At(stage, k);
-    const int stride = blockDim.x;
+    uint32_t to = At(stage, k);
 #pragma unroll
-    for (int w = 0; w < X::kWords; ++w) CopyAsync16(to + w * stride, reinterpret_cast<const uint4*>(x) + w);
-    to += X::kWords * stride;
+    for (int w = 0; w < X::kWords; ++w, to += stride_) CopyAsync16(to, reinterpret_cast<const uint4*>(x) + w);
 #pragma unroll
-    for (int w = 0; w < Dy::kWords; ++w) CopyAsync16(to + w * stride, reinterpret_cast<const uint4*>(dy) + w);
+    for (int w = 0; w < Dy::kWords; ++w, to += stride_)
+      CopyAsync16(to, reinterpret_cast<const uint4*>(dy) + w);
   }
 
   __device__ __forceinline__ void Read(int stage, int k, float (&x)[kSize], float (&dy)[kSize]) const {
-    const uint4* from = At(stage, k);
-    const int stride = blockDim.x;
     X x_packet;
     Dy dy_packet;
-    x_packet.Load(from, stride);
-    dy_packet.Load(from + X::kWords * stride, stride);
+    uint32_t from = At(stage, k);
+#pragma unroll
+    for (int w = 0; w < X::kWords; ++w, from += stride_) x_packet.words[w] = LoadShared16(from);
+#pragma unroll
+    for (int w = 0; w < Dy::kWords; ++w, from += stride_) dy_packet.words[w] = LoadShared16(from);
     x_packet.Get(x);
     dy_packet.Get(dy);
   }
 
- private:
-  __device__ __forceinline__ uint4* At(int stage, int k) const {
-    return base_ + (stage * kPackets + k) * kWords * static_cast<int>(blockDim.x);
+  // For packets beyond the end of the row, which nothing is copied to.
+  __device__ void Zero(int stage, int k) const {
+    for (int w = 0; w < kWords; ++w) ZeroShared16(At(stage, k) + w * stride_);
   }
-  uint4* base_;
+
+ private:
+  __device__ __forceinline__ uint32_t At(int stage, int k) const {
+    return base_ + (stage * kPackets + k) * kWords * stride_;
+  }
+  uint32_t base_;
+  uint32_t stride_;
 };
 
-// Grid: block (or cluster) b of the blocks_per_group that share group g takes the group's rows b, b + blocks_per_group, ...
-// A block has several slots where threads_per_row leaves room, and then takes runs of rows, one a slot. It keeps its share of
-// dgamma in registers. kSize elements a packet, kPackets packets a thread; kRound: rounding before gamma.
+// Grid: block (or cluster) b of the blocks_per_group that share group g takes the group's rows b, b +
+// blocks_per_group, ... A block has several slots where threads_per_row leaves room, and then takes runs of
+// rows, one a slot. It keeps its share of dgamma in registers. kSize elements a packet, kPackets packets a
+// thread; kRound: rounding before gamma.
 //
-// In each turn a thread adds up its part of row t, hands it in, and only then asks for the sum of row t - 1 and writes that
-// row's dx: nobody waits for the slowest thread of the row. Both rows, and those to come, are in the ring.
+// In each turn a thread adds up its part of row t, hands it in, and only then asks for the sum of row t - 1
+// and writes that row's dx: nobody waits for the slowest thread of the row. Both rows, and those to come, are
+// in the ring.
 //
-// Preconditions: all rows are aligned; the row fits, hidden <= kSize * kPackets * threads_per_row * blocks of the cluster; the ring
-// has params.stages stages, kManyStages or kFewStages.
+// Preconditions: all rows are aligned; the row fits, hidden <= kSize * kPackets * threads_per_row * blocks of
+// the cluster; the ring has params.stages stages, kManyStages or kFewStages.
 template <typename T, typename D, int kSize, int kPackets, bool kRound, Scope kScope>
 __global__ __launch_bounds__(512, 1) void BackwardKernel(const __grid_constant__ BackwardParams params) {
   extern __shared__ uint4 shared[];
@@ -77,11 +86,13 @@ __global__ __launch_bounds__(512, 1) void BackwardKernel(const __grid_constant__
 #pragma unroll
   for (int k = 0; k < kPackets; ++k) {
     column[k] = ((k * place.blocks + place.rank) * threads + thread) * kSize;
+    if (column[k] < hidden) continue;
+    for (int stage = 0; stage < stages; ++stage) ring.Zero(stage, k);
   }
 
   const int64_t items = args.shape.groups * params.blocks_per_group;
   const int64_t step = params.blocks_per_group * slots;
-  int turn = 0;  // counted on from item to item, for row_sum
+  unsigned turn = 0;  // counted on from item to item, for row_sum
   for (int64_t item = blockIdx.x / place.blocks; item < items; item += gridDim.x / place.blocks) {
     const int64_t group = item / params.blocks_per_group;
     const int64_t block = item % params.blocks_per_group;
@@ -89,9 +100,9 @@ __global__ __launch_bounds__(512, 1) void BackwardKernel(const __grid_constant__
     float gamma[kPackets][kSize], dgamma[kPackets][kSize];
 #pragma unroll
     for (int k = 0; k < kPackets; ++k) {
-      if (column[k] < hidden) LoadGamma(args, group * hidden + column[k], gamma[k]);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) dgamma[k][i] = 0.0f;
+      for (int i = 0; i < kSize; ++i) gamma[k][i] = dgamma[k][i] = 0.0f;
+      if (column[k] < hidden) LoadGamma(args, group * hidden + column[k], gamma[k]);
     }
 
     // All slots of a block make the same number of turns; a slot without a row only takes part in the sums.
@@ -104,13 +115,11 @@ __global__ __launch_bounds__(512, 1) void BackwardKernel(const __grid_constant__
     int64_t copy_offset = my_row * hidden;
     int copy_turn = 0;
     const auto copy_next = [&](int stage) {
-      if (copy_turn < my_turns) {
 #pragma unroll
-        for (int k = 0; k < kPackets; ++k) {
-          if (column[k] < hidden) {
-            ring.Copy(stage, k, static_cast<const T*>(args.x) + copy_offset + column[k],
-                      static_cast<const D*>(args.dy) + copy_offset + column[k]);
-          }
+      for (int k = 0; k < kPackets; ++k) {
+        if (copy_turn < my_turns && column[k] < hidden) {
+          ring.Copy(stage, k, static_cast<const T*>(args.x) + copy_offset + column[k],
+                    static_cast<const D*>(args.dy) + copy_offset + column[k]);
         }
       }
       CommitCopies();
@@ -140,7 +149,6 @@ __global__ __launch_bounds__(512, 1) void BackwardKernel(const __grid_constant__
         if (t < my_turns) {
 #pragma unroll
           for (int k = 0; k < kPackets; ++k) {
-            if (column[k] >= hidden) continue;
             float x[kSize], dy[kSize];
             ring.Read(stage, k, x, dy);
 #pragma unroll
@@ -159,7 +167,6 @@ __global__ __launch_bounds__(512, 1) void BackwardKernel(const __grid_constant__
         if (t <= my_turns) {
 #pragma unroll
           for (int k = 0; k < kPackets; ++k) {
-            if (column[k] >= hidden) continue;
             float x[kSize], dy[kSize];
             ring.Read(last_stage, k, x, dy);
 #pragma unroll
@@ -168,7 +175,7 @@ __global__ __launch_bounds__(512, 1) void BackwardKernel(const __grid_constant__
             }
             Packet<T, kSize> dx;
             dx.Set(x);
-            dx.Store(static_cast<T*>(args.dx) + offset + column[k]);
+            if (column[k] < hidden) dx.Store(static_cast<T*>(args.dx) + offset + column[k]);
           }
         }
         copy_next(last_stage);

@@ -21,8 +21,8 @@ __device__ __forceinline__ void LoadGamma(const BackwardArgs& args, int64_t offs
   LoadGamma(args.gamma, args.gamma_dtype, args.arithmetic.zero_centered_gamma, offset, gamma);
 }
 
-// A block's part of dgamma at kSize columns: into its partial row, or into dgamma itself where the group has no other
-// block. `group` and `block` count from 0.
+// A block's part of dgamma at kSize columns: into its partial row, or into dgamma itself where the group has
+// no other block. `group` and `block` count from 0.
 template <int kSize>
 __device__ __forceinline__ void StoreDgamma(const BackwardParams& params, int64_t group, int64_t block,
                                             int64_t column, const float (&values)[kSize]) {
@@ -37,8 +37,9 @@ __device__ __forceinline__ void StoreDgamma(const BackwardParams& params, int64_
   }
 }
 
-// Adds up the slots' shares of dgamma, one after another, in shared memory [slots, hidden], and stores the sums. Each
-// thread hands in its share through fill(columns of its slot). All threads of the block must take part.
+// Adds up the slots' shares of dgamma, one after another, in shared memory [slots, hidden], and stores the
+// sums. Each thread hands in its share through fill(columns of its slot). All threads of the block must take
+// part.
 template <typename Fill>
 __device__ __forceinline__ void StoreSlots(const BackwardParams& params, float* shared, int slots, int slot,
                                            int64_t group, int64_t block, Fill&& fill) {

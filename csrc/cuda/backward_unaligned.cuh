@@ -7,8 +7,10 @@ namespace jax_rmsnorm {
 
 // Grid and precondition as for BackwardKernel; x and dy go from memory straight to registers.
 template <typename T, typename D, int kPackets, Scope kScope>
-__global__ __launch_bounds__(kScope == Scope::kLanes ? 256 : 512, kScope == Scope::kLanes ? 2 : 1) void
-BackwardUnalignedKernel(const __grid_constant__ BackwardParams params) {
+__global__ __launch_bounds__(
+    kScope == Scope::kLanes ? 256 : 512,
+    kScope == Scope::kLanes ? 2
+                            : 1) void BackwardUnalignedKernel(const __grid_constant__ BackwardParams params) {
   extern __shared__ uint4 shared[];
   const BackwardArgs& args = params.args;
   const Arithmetic& arithmetic = args.arithmetic;
@@ -83,9 +85,8 @@ BackwardUnalignedKernel(const __grid_constant__ BackwardParams params) {
   }
 }
 
-// Grid: block b of the blocks_per_group that share group g takes its rows b, b + blocks_per_group, ... Any hidden size:
-// reads each row twice, and keeps its share of dgamma in
-// `partials`.
+// Grid: block b of the blocks_per_group that share group g takes its rows b, b + blocks_per_group, ... Any
+// hidden size: reads each row twice, and keeps its share of dgamma in `partials`.
 template <typename T, typename D, int kSize>
 __global__ __launch_bounds__(512) void BackwardLoopKernel(const __grid_constant__ BackwardParams params) {
   const BackwardArgs& args = params.args;

@@ -48,7 +48,8 @@ LaunchConfig Loop(int width, int block) {
   return config;
 }
 
-// Blocks that a row of `packets` needs at most `per_thread` packets a thread and `threads` a block: a power of two.
+// Blocks that a row of `packets` needs at most `per_thread` packets a thread and `threads` a block: a power
+// of two.
 int ClusterFor(int64_t packets, int per_thread, int threads) {
   return NextPowerOfTwo(CeilDiv(packets, int64_t{per_thread} * threads));
 }
@@ -78,7 +79,7 @@ LaunchConfig AlignedForward(const Device& device, int64_t hidden, int width) {
 
 // Layouts without a ring of stages in shared memory are left to the caller.
 LaunchConfig AlignedBackward(const Device& device, int64_t hidden, int width, int64_t pair_bytes) {
-  constexpr int kThreads = 512;  // a block and an SM, at up to 128 registers each
+  constexpr int kThreads = 512;                 // a block and an SM, at up to 128 registers each
   constexpr int kOtherSharedMemory = 7 * 1024;  // the sums, up to 5 KiB in a cluster, and the system's 1 KiB
   const int64_t packets = CeilDiv(hidden, width);
   LaunchConfig config;
@@ -100,11 +101,14 @@ LaunchConfig AlignedBackward(const Device& device, int64_t hidden, int width, in
 
 int UsableSMs(const Device& device, int margin) { return std::max(1, device.sm_count - std::max(0, margin)); }
 
-// Clusters live within a GPC of 16 or more SMs. Counting SMs in sixteens keeps every cluster of a persistent
-// grid resident.
-int64_t ResidentClusters(int sms, int cluster) {
-  const int whole = sms >= 16 ? sms / 16 * 16 : sms;
-  return std::max(1, whole / cluster);
+int ResidentClusters(const Device& device, int cluster, int margin) {
+  int log2 = 0;
+  while (1 << (log2 + 1) < cluster) ++log2;
+  const int sms = UsableSMs(device, margin);
+  const int known = device.resident_clusters[log2];
+  if (known > 0) return std::max(1, std::min(known, sms / cluster));
+  // Clusters live within a GPC of 16 or more SMs: counted in sixteens, every one of them finds a place.
+  return std::max(1, (sms >= 16 ? sms / 16 * 16 : sms) / cluster);
 }
 
 }  // namespace
@@ -117,9 +121,8 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
   // Without a margin the hardware scheduler deals out the rows; with one the grid is persistent.
   int64_t resident = kMaxGrid / config.cluster;
   if (margin > 0) {
-    const int sms = UsableSMs(device, margin);
-    resident = config.cluster > 1 ? ResidentClusters(sms, config.cluster)
-                                  : int64_t{sms} * std::max(1, 1024 / config.block);
+    resident = config.cluster > 1 ? ResidentClusters(device, config.cluster, margin)
+                                  : int64_t{UsableSMs(device, margin)} * std::max(1, 1024 / config.block);
   }
   config.grid = std::min(items, resident) * config.cluster;
   return config;
@@ -128,19 +131,18 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
 LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x, DType dy, bool aligned,
                                int64_t partial_rows, int margin) {
   const auto width = static_cast<int>(16 / std::min(SizeOf(x), SizeOf(dy)));
-  LaunchConfig config =
-      aligned ? AlignedBackward(device, shape.hidden, width, width * (SizeOf(x) + SizeOf(dy)))
-              : Unaligned(device, shape.hidden, 256, 512);
+  LaunchConfig config = aligned
+                            ? AlignedBackward(device, shape.hidden, width, width * (SizeOf(x) + SizeOf(dy)))
+                            : Unaligned(device, shape.hidden, 256, 512);
   const int64_t slots = config.block / config.threads_per_row;
   if (slots > 1) {
     // At the end the slots of a block add up their columns of dgamma in shared memory.
     config.shared_memory = std::max(config.shared_memory, slots * shape.hidden * 4);
   }
 
-  const int sms = UsableSMs(device, margin);
   const int blocks_per_sm = config.stages > 0 ? 1 : std::max(1, 512 / config.block);
-  const int64_t resident = config.cluster > 1 ? ResidentClusters(sms, config.cluster)
-                                              : int64_t{sms} * blocks_per_sm;
+  const int64_t resident = config.cluster > 1 ? ResidentClusters(device, config.cluster, margin)
+                                              : int64_t{UsableSMs(device, margin)} * blocks_per_sm;
   const int64_t items = CeilDiv(shape.rows, slots);
   const int64_t wanted = std::max<int64_t>(1, resident / std::max<int64_t>(1, shape.groups));
   config.blocks_per_group =

@@ -24,6 +24,8 @@ struct Device {
   int sm_count = 0;
   int shared_memory = 0;  // bytes that one block can have, and (about) all that an SM has
   int max_cluster = 1;    // 1: the device, or the code compiled for it, has no clusters
+  // Clusters of 2, 4, 8 and 16 blocks that can run at the same time, a block an SM; 0: not known.
+  int resident_clusters[4] = {};
 };
 
 struct LaunchConfig {

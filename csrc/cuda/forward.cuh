@@ -15,7 +15,7 @@ struct ForwardParams {
   int64_t items;  // rows, or runs of rows where a block takes several
 };
 
-template <typename T, int kSize>
+template <typename T, bool kRound, int kSize>
 __device__ __forceinline__ void WriteRow(const ForwardArgs& args, const float (&x)[kSize], float rrms,
                                          int64_t offset, int64_t gamma_offset) {
   const Arithmetic& arithmetic = args.arithmetic;
@@ -25,7 +25,7 @@ __device__ __forceinline__ void WriteRow(const ForwardArgs& args, const float (&
 #pragma unroll
   for (int i = 0; i < kSize; ++i) {
     float normalized = x[i] * rrms;
-    if (arithmetic.round_before_gamma) normalized = ToFloat(FromFloat<T>(normalized));
+    if constexpr (kRound) normalized = ToFloat(FromFloat<T>(normalized));
     y[i] = normalized * gamma[i];
   }
   StoreAs(args.y_dtype, args.y, offset, y);
@@ -39,31 +39,29 @@ __device__ __forceinline__ int64_t GammaRow(const Shape& shape, int64_t row) {
 // row for each cluster); items are dealt out with the grid as stride. kSize elements a packet, kPackets
 // packets a thread, held in registers between the sum and the write. Precondition: the row fits, hidden <=
 // kSize * kPackets * threads_per_row * blocks of the cluster.
-template <typename T, int kSize, int kPackets, Scope kScope>
-__global__ __launch_bounds__(1024) void ForwardKernel(const __grid_constant__ ForwardParams params) {
+template <typename T, int kSize, int kPackets, bool kRound, Scope kScope>
+__global__ __launch_bounds__(kScope == Scope::kLanes ? 128 : 1024,
+                             kScope != Scope::kLanes ? 1
+                             : kSize * kPackets <= 16
+                                 ? 10
+                                 : 8) void ForwardKernel(const __grid_constant__ ForwardParams params) {
   const ForwardArgs& args = params.args;
   const int64_t hidden = args.shape.hidden;
   const int64_t rows = args.shape.groups * args.shape.rows;
   const int threads = params.threads_per_row;
   RowSum<kScope> row_sum(threads);
 
-  int rank = 0, blocks = 1;
-#if __CUDA_ARCH__ >= 900
-  if constexpr (kScope == Scope::kCluster) {
-    rank = static_cast<int>(cooperative_groups::this_cluster().block_rank());
-    blocks = static_cast<int>(cooperative_groups::this_cluster().num_blocks());
-  }
-#endif
+  const ClusterPlace<kScope> place;
   const int slots = kScope == Scope::kLanes ? static_cast<int>(blockDim.x) / threads : 1;
   const int slot = kScope == Scope::kLanes ? static_cast<int>(threadIdx.x) / threads : 0;
   const int thread = kScope == Scope::kLanes ? static_cast<int>(threadIdx.x) % threads : threadIdx.x;
 
-  for (int64_t item = blockIdx.x / blocks; item < params.items; item += gridDim.x / blocks) {
+  for (int64_t item = blockIdx.x / place.blocks; item < params.items; item += gridDim.x / place.blocks) {
     const int64_t row = item * slots + slot;
     const bool live = row < rows;  // the others take part in the shuffles only
     const T* x_row = static_cast<const T*>(args.x) + row * hidden;
     const auto column = [&](int k) {
-      return (static_cast<int64_t>(k * blocks + rank) * threads + thread) * kSize;
+      return (static_cast<int64_t>(k * place.blocks + place.rank) * threads + thread) * kSize;
     };
 
     Packet<T, kSize> x[kPackets];
@@ -87,7 +85,7 @@ __global__ __launch_bounds__(1024) void ForwardKernel(const __grid_constant__ Fo
     sum = row_sum(sum);
     if (!live) continue;
     const float rrms = rsqrtf(sum / static_cast<float>(hidden) + args.arithmetic.eps);
-    if (args.rrms != nullptr && thread == 0 && rank == 0) args.rrms[row] = rrms;
+    if (args.rrms != nullptr && thread == 0 && place.rank == 0) args.rrms[row] = rrms;
 
     const int64_t gamma_row = GammaRow(args.shape, row) * hidden;
 #pragma unroll
@@ -95,13 +93,13 @@ __global__ __launch_bounds__(1024) void ForwardKernel(const __grid_constant__ Fo
       if (column(k) >= hidden) continue;
       float values[kSize];
       x[k].Get(values);
-      WriteRow<T>(args, values, rrms, row * hidden + column(k), gamma_row + column(k));
+      WriteRow<T, kRound>(args, values, rrms, row * hidden + column(k), gamma_row + column(k));
     }
   }
 }
 
 // Grid: a block a row, rows dealt out with the grid as stride. Any hidden size: reads the row twice.
-template <typename T, int kSize>
+template <typename T, int kSize, bool kRound>
 __global__ __launch_bounds__(1024) void ForwardLoopKernel(const __grid_constant__ ForwardParams params) {
   const ForwardArgs& args = params.args;
   const int64_t hidden = args.shape.hidden;
@@ -129,33 +127,34 @@ __global__ __launch_bounds__(1024) void ForwardLoopKernel(const __grid_constant_
     for (int64_t column = first; column < hidden; column += step) {
       x.Load(x_row + column);
       x.Get(values);
-      WriteRow<T>(args, values, rrms, row * hidden + column, gamma_row + column);
+      WriteRow<T, kRound>(args, values, rrms, row * hidden + column, gamma_row + column);
     }
   }
 }
 
 // The kernel that `config` asks for; the packet counts are those that ConfigureForward hands out.
-template <typename T>
+template <typename T, bool kRound>
 auto FindForward(const LaunchConfig& config) -> void (*)(ForwardParams) {
   constexpr int kWide = 16 / sizeof(T);
   const bool wide = config.width > 1;
   switch (config.scope) {
     case Scope::kLanes:
       if (!wide) {
-        return config.packets == 4 ? ForwardKernel<T, 1, 4, Scope::kLanes>
-                                   : ForwardKernel<T, 1, 16, Scope::kLanes>;
+        return config.packets == 4 ? ForwardKernel<T, 1, 4, kRound, Scope::kLanes>
+                                   : ForwardKernel<T, 1, 16, kRound, Scope::kLanes>;
       }
-      return config.packets == 1   ? ForwardKernel<T, kWide, 1, Scope::kLanes>
-             : config.packets == 2 ? ForwardKernel<T, kWide, 2, Scope::kLanes>
-                                   : ForwardKernel<T, kWide, 4, Scope::kLanes>;
+      return config.packets == 1   ? ForwardKernel<T, kWide, 1, kRound, Scope::kLanes>
+             : config.packets == 2 ? ForwardKernel<T, kWide, 2, kRound, Scope::kLanes>
+                                   : ForwardKernel<T, kWide, 4, kRound, Scope::kLanes>;
     case Scope::kBlock:
-      if (!wide) return ForwardKernel<T, 1, 16, Scope::kBlock>;
-      return config.packets == 4 ? ForwardKernel<T, kWide, 4, Scope::kBlock>
-                                 : ForwardKernel<T, kWide, 8, Scope::kBlock>;
+      if (!wide) return ForwardKernel<T, 1, 16, kRound, Scope::kBlock>;
+      return config.packets == 4 ? ForwardKernel<T, kWide, 4, kRound, Scope::kBlock>
+                                 : ForwardKernel<T, kWide, 8, kRound, Scope::kBlock>;
     case Scope::kCluster:
-      return wide ? ForwardKernel<T, kWide, 4, Scope::kCluster> : ForwardKernel<T, 1, 16, Scope::kCluster>;
+      return wide ? ForwardKernel<T, kWide, 4, kRound, Scope::kCluster>
+                  : ForwardKernel<T, 1, 16, kRound, Scope::kCluster>;
     case Scope::kLoop:
-      return wide ? ForwardLoopKernel<T, kWide> : ForwardLoopKernel<T, 1>;
+      return wide ? ForwardLoopKernel<T, kWide, kRound> : ForwardLoopKernel<T, 1, kRound>;
   }
   return nullptr;
 }
@@ -165,7 +164,10 @@ cudaError_t LaunchForwardAs(const ForwardArgs& args, const LaunchConfig& config,
   const int64_t slots = config.block / config.threads_per_row;
   const int64_t rows = args.shape.groups * args.shape.rows;
   const ForwardParams params{args, config.threads_per_row, (rows + slots - 1) / slots};
-  return LaunchKernel(FindForward<T>(config), params, config, stream);
+  constexpr bool kCanRound = !std::is_same_v<T, float>;  // rounding to float32 is none
+  const auto kernel = kCanRound && args.arithmetic.round_before_gamma ? FindForward<T, kCanRound>(config)
+                                                                      : FindForward<T, false>(config);
+  return LaunchKernel(kernel, params, config, stream);
 }
 
 }  // namespace jax_rmsnorm

@@ -89,6 +89,31 @@ cudaError_t LaunchFinish(const BackwardArgs& args, int64_t count, cudaStream_t s
   return cudaGetLastError();
 }
 
+// How many clusters of each size run at the same time if their blocks have an SM each: GPCs differ from chip
+// to chip.
+cudaError_t CountResidentClusters(Device* device) {
+  constexpr int kLargeSharedMemory = 160 * 1024;  // leaves no room for a second block
+  const int shared = std::min(device->shared_memory - 8 * 1024, kLargeSharedMemory);
+  cudaError_t error = cudaFuncSetAttribute(FinishKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error != cudaSuccess || device->max_cluster == 1) return error;
+  error = cudaFuncSetAttribute(FinishKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (error != cudaSuccess) return error;
+  for (int i = 0; i < 4 && 2 << i <= device->max_cluster; ++i) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {2u << i, 1, 1};
+    cudaLaunchConfig_t launch{};
+    launch.gridDim = dim3(2u << i);
+    launch.blockDim = dim3(512);
+    launch.dynamicSmemBytes = static_cast<size_t>(shared);
+    launch.attrs = &attribute;
+    launch.numAttrs = 1;
+    error = cudaOccupancyMaxActiveClusters(&device->resident_clusters[i], FinishKernel, &launch);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
 }  // namespace
 
 cudaError_t CurrentDevice(Device* device) {
@@ -110,12 +135,14 @@ cudaError_t CurrentDevice(Device* device) {
     error = cudaDeviceGetAttribute(value, attribute, ordinal);
     if (error != cudaSuccess) return error;
   }
-  // Clusters need code compiled for 9.0 or later, which is not what an older build's PTX becomes on a newer chip. 16
-  // blocks are what data-centre chips allow beyond the portable 8.
+  // Clusters need code compiled for 9.0 or later, which is not what an older build's PTX becomes on a newer
+  // chip. 16 blocks are what data-centre chips allow beyond the portable 8.
   cudaFuncAttributes attributes;
   error = cudaFuncGetAttributes(&attributes, FinishKernel);
   if (error != cudaSuccess) return error;
   device->max_cluster = major < 9 || attributes.ptxVersion < 90 ? 1 : major < 12 ? 16 : 8;
+  error = CountResidentClusters(device);
+  if (error != cudaSuccess) return error;
   if (ordinal < kDevices) {
     static std::atomic_flag writing = ATOMIC_FLAG_INIT;
     if (!writing.test_and_set(std::memory_order_acquire)) {
@@ -138,7 +165,8 @@ cudaError_t LaunchForward(const ForwardArgs& args, int margin, cudaStream_t stre
                        RowsAligned(args.y, args.y_dtype, shape.hidden, width) &&
                        RowsAligned(args.gamma, args.gamma_dtype, shape.hidden, width);
   const LaunchConfig config = ConfigureForward(device, shape, args.x_dtype, aligned, margin);
-  return DispatchType(args.x_dtype, [&](auto x) { return LaunchForwardAs<decltype(x)>(args, config, stream); });
+  return DispatchType(args.x_dtype,
+                      [&](auto x) { return LaunchForwardAs<decltype(x)>(args, config, stream); });
 }
 
 cudaError_t LaunchBackward(const BackwardArgs& args, int margin, cudaStream_t stream) {

@@ -44,6 +44,56 @@ __device__ __forceinline__ T FromFloat(float value) {
   }
 }
 
+template <typename Word>
+__device__ __forceinline__ Word LoadGlobal(const Word* from) {
+  return *from;
+}
+
+template <typename Word>
+__device__ __forceinline__ void StoreGlobal(Word* to, Word word) {
+  *to = word;
+}
+
+// Spelt out for 16 bytes: the compiler takes a word apart where its parts were computed apart, and stores it
+// in four.
+__device__ __forceinline__ uint4 LoadGlobal(const uint4* from) {
+  uint4 word;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)
+               : "l"(from));
+  return word;
+}
+
+__device__ __forceinline__ void StoreGlobal(uint4* to, uint4 word) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(word.x), "r"(word.y), "r"(word.z),
+               "r"(word.w)
+               : "memory");
+}
+
+// Two 16-bit elements in a 32-bit word, the first in its low half: one instruction an element, or less.
+template <typename T>
+__device__ __forceinline__ void UnpackPair(uint32_t pair, float& first, float& second) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    first = __uint_as_float(pair << 16);
+    second = __uint_as_float(pair & 0xffff0000u);
+  } else {
+    const float2 values = __half22float2(*reinterpret_cast<const __half2*>(&pair));
+    first = values.x;
+    second = values.y;
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t PackPair(float first, float second) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  } else {
+    const __half2 pair = __floats2half2_rn(first, second);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+}
+
 // kSize elements of T as they lie in memory, aligned to min(16, kSize * sizeof(T)) bytes.
 template <typename T, int kSize>
 struct Packet {
@@ -59,27 +109,38 @@ struct Packet {
     for (int w = 0; w < kWords; ++w) words[w] = Word{};
   }
 
-  // `stride`: words between the packet's own words; 1 in tensors, the thread count in shared memory.
-  __device__ __forceinline__ void Load(const void* from, int stride = 1) {
+  __device__ __forceinline__ void Load(const void* from) {
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) words[w] = static_cast<const Word*>(from)[w * stride];
+    for (int w = 0; w < kWords; ++w) words[w] = LoadGlobal(static_cast<const Word*>(from) + w);
   }
 
   __device__ __forceinline__ void Store(void* to) const {
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) static_cast<Word*>(to)[w] = words[w];
+    for (int w = 0; w < kWords; ++w) StoreGlobal(static_cast<Word*>(to) + w, words[w]);
   }
 
   __device__ __forceinline__ void Get(float (&values)[kSize]) const {
-    const T* elements = reinterpret_cast<const T*>(words);
+    if constexpr (sizeof(T) == 2 && kSize % 2 == 0) {
+      const uint32_t* pairs = reinterpret_cast<const uint32_t*>(words);
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) values[i] = ToFloat(elements[i]);
+      for (int i = 0; i < kSize; i += 2) UnpackPair<T>(pairs[i / 2], values[i], values[i + 1]);
+    } else {
+      const T* elements = reinterpret_cast<const T*>(words);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) values[i] = ToFloat(elements[i]);
+    }
   }
 
   __device__ __forceinline__ void Set(const float (&values)[kSize]) {
-    T* elements = reinterpret_cast<T*>(words);
+    if constexpr (sizeof(T) == 2 && kSize % 2 == 0) {
+      uint32_t* pairs = reinterpret_cast<uint32_t*>(words);
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) elements[i] = FromFloat<T>(values[i]);
+      for (int i = 0; i < kSize; i += 2) pairs[i / 2] = PackPair<T>(values[i], values[i + 1]);
+    } else {
+      T* elements = reinterpret_cast<T*>(words);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) elements[i] = FromFloat<T>(values[i]);
+    }
   }
 };
 
@@ -126,10 +187,26 @@ __device__ __forceinline__ void StoreAs(DType dtype, void* to, int64_t offset, c
   });
 }
 
-// Asynchronous copies of 16 bytes, global to shared memory, without a register in between.
-__device__ __forceinline__ void CopyAsync16(void* shared, const void* global) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(address), "l"(global) : "memory");
+// Shared memory by its own 32-bit addresses, which spares the translation of generic ones.
+__device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ uint4 LoadShared16(uint32_t address) {
+  uint4 word;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)
+               : "r"(address));
+  return word;
+}
+
+__device__ __forceinline__ void ZeroShared16(uint32_t address) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
+}
+
+// Asynchronous copy of 16 bytes, global to shared memory, without a register in between.
+__device__ __forceinline__ void CopyAsync16(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(shared), "l"(global) : "memory");
 }
 
 __device__ __forceinline__ void CommitCopies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }

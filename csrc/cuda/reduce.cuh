@@ -1,9 +1,11 @@
-// Sums over the threads that share a row. Every thread gets the same bits, in an order fixed by the thread count.
+// Sums over the threads that share a row. Every thread gets the same bits, in an order fixed by the thread
+// count.
 #pragma once
 
 #include <cooperative_groups.h>
 
 #include "config.h"
+#include "packet.cuh"
 
 namespace jax_rmsnorm {
 
@@ -19,11 +21,16 @@ __device__ __forceinline__ float SumLanes(float value, int lanes) {
   return value;
 }
 
-__device__ __forceinline__ float SumWarp(float value) {
+template <int kLanes>
+__device__ __forceinline__ float SumLanes(float value) {
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(kFullMask, value, offset);
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+    value += __shfl_xor_sync(kFullMask, value, offset);
+  }
   return value;
 }
+
+__device__ __forceinline__ float SumWarp(float value) { return SumLanes<32>(value); }
 
 // Where a thread's slice of a row lies: the block's rank in its cluster, and the cluster's size.
 template <Scope kScope>
@@ -41,9 +48,9 @@ struct ClusterPlace {
   }
 };
 
-// One sum after another over a row's threads: part of a warp, a whole block, or a cluster. Successive sums alternate
-// between two buffers, so that one barrier a sum is enough: a buffer is written again only after the barrier that
-// follows its last reading.
+// One sum after another over a row's threads: part of a warp, a whole block, or a cluster. Successive sums
+// alternate between two buffers, so that one barrier a sum is enough: a buffer is written again only after
+// the barrier that follows its last reading.
 template <Scope kScope>
 class RowSum {
  public:
@@ -93,37 +100,41 @@ class RowSum {
   int phase_ = 0;
 };
 
-// The same in two halves, so that a thread can work on its next row while the others finish the last one: Post(turn,
-// value) hands in this thread's part, Wait(turn) returns the sum. Turns count from 0, Post(turn + 1) may come before
-// Wait(turn), and no later Post may.
+// The same in two halves, so that a thread can work on its next row while the others finish the last one:
+// Post(turn, value) hands in this thread's part, Wait(turn) returns the sum. Turns count from 0; Post(turn +
+// 1) may come before Wait(turn), and no later Post may.
 //
-// Each turn has one of four buffers and its mbarrier, on which every warp that shares the row arrives. A warp posts turn t + 4 only
-// after Wait(t + 2), hence after every warp has posted t + 2, hence after every warp has read t: four buffers suffice.
+// Each turn has one of four buffers, and its mbarrier completes when every warp that shares the row has
+// handed in. A warp posts turn t + 4 only after Wait(t + 2), hence after every warp has posted t + 2, hence
+// after every warp has read t: four buffers suffice.
 template <Scope kScope>
 class SplitRowSum {
-  static constexpr int kBuffers = 4;
+  static constexpr unsigned kBuffers = 4;
   static constexpr int kBlockWarps = 16;
   static constexpr int kSlots = kScope == Scope::kCluster ? kBlockWarps * kMaxCluster : kBlockWarps;
 
  public:
   struct Shared {
-    uint64_t barriers[kBuffers][kScope == Scope::kCluster ? 1 : kBlockWarps];  // one for each row of the block
+    uint64_t barriers[kBuffers][kBlockWarps];  // one for each row of the block
     float sums[kBuffers][kSlots];
   };
 
-  // `slot`: which of the block's rows this thread works on. All threads of the block (cluster) must take part.
-  __device__ SplitRowSum(Shared& shared, int threads_per_row, int slot)
-      : shared_(shared), lanes_(threads_per_row), slot_(slot) {
+  // `slot`: which of the block's rows this thread works on. All threads of the block (cluster) must take
+  // part.
+  __device__ SplitRowSum(Shared& shared, int threads_per_row, int slot) : lanes_(threads_per_row) {
     if constexpr (kScope == Scope::kLanes) return;
+    const ClusterPlace<kScope> place;
     lane_ = threadIdx.x % 32;
     warps_ = threads_per_row / 32;
-    first_warp_ = slot * warps_;
-    const ClusterPlace<kScope> place;
-    rank_ = place.rank;
     blocks_ = place.blocks;
-    if (threadIdx.x == static_cast<unsigned>(slot * threads_per_row)) {
-      for (int i = 0; i < kBuffers; ++i) {
-        const auto count = static_cast<unsigned>(warps_ * blocks_);
+    barriers_ = SharedAddress(&shared.barriers[0][slot]);
+    read_from_ = SharedAddress(&shared.sums[0][slot * warps_]);
+    write_to_ = SharedAddress(&shared.sums[0][place.rank * warps_ + threadIdx.x / 32]);
+    leader_ = threadIdx.x == static_cast<unsigned>(slot * threads_per_row);
+    if (leader_) {
+      // In a cluster the sums themselves count, by their bytes.
+      const unsigned count = kScope == Scope::kCluster ? 1 : warps_;
+      for (unsigned i = 0; i < kBuffers; ++i) {
         asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(Barrier(i)), "r"(count) : "memory");
       }
     }
@@ -137,51 +148,65 @@ class SplitRowSum {
     }
   }
 
-  __device__ __forceinline__ void Post(int turn, float value) {
+  __device__ __forceinline__ void Post(unsigned turn, float value) {
     if constexpr (kScope == Scope::kLanes) {
       previous_ = current_;
       current_ = SumLanes(value, lanes_);
       last_turn_ = turn;
       return;
     }
-    const int buffer = turn % kBuffers;
-    const int warp = threadIdx.x / 32;
+    const unsigned buffer = turn % kBuffers;
+    const uint32_t to = write_to_ + buffer * kSlots * sizeof(float);
     value = SumWarp(value);
     if constexpr (kScope == Scope::kCluster) {
 #if __CUDA_ARCH__ >= 900
-      if (lane_ < blocks_) {
-        const uint32_t sum = SharedAddress(&shared_.sums[buffer][rank_ * warps_ + warp]);
+      if (leader_) {
+        const unsigned bytes = warps_ * blocks_ * sizeof(float);
+        asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}\n" ::"r"(
+                         Barrier(buffer)),
+                     "r"(bytes)
+                     : "memory");
+      }
+      if (lane_ < blocks_) {  // lane r hands the warp's sum to block r of the cluster
         asm volatile(
             "{\n"
-            ".reg .b32 sum, barrier;\n"
-            "mapa.shared::cluster.u32 sum, %0, %3;\n"
+            ".reg .b32 to, barrier;\n"
+            "mapa.shared::cluster.u32 to, %0, %3;\n"
             "mapa.shared::cluster.u32 barrier, %1, %3;\n"
-            "st.shared::cluster.f32 [sum], %2;\n"
-            "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [barrier];\n"
-            "}\n" ::"r"(sum),
-            "r"(Barrier(buffer)), "f"(value), "r"(lane_)
+            "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %2, [barrier];\n"
+            "}\n" ::"r"(to),
+            "r"(Barrier(buffer)), "r"(__float_as_uint(value)), "r"(lane_)
             : "memory");
       }
 #endif
     } else if (lane_ == 0) {
-      shared_.sums[buffer][warp] = value;
-      asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}\n" ::"r"(Barrier(buffer))
-                   : "memory");
+      asm volatile(
+          "{\n"
+          ".reg .b64 state;\n"
+          "st.shared.f32 [%0], %1;\n"
+          "mbarrier.arrive.shared.b64 state, [%2];\n"
+          "}\n" ::"r"(to),
+          "f"(value), "r"(Barrier(buffer))
+          : "memory");
     }
   }
 
-  __device__ __forceinline__ float Wait(int turn) {
+  __device__ __forceinline__ float Wait(unsigned turn) {
     if constexpr (kScope == Scope::kLanes) return turn == last_turn_ ? current_ : previous_;
-    const int buffer = turn % kBuffers;
-    const unsigned parity = turn / kBuffers % 2;
-    WaitBarrier(Barrier(buffer), parity);
+    const unsigned buffer = turn % kBuffers;
+    WaitBarrier(Barrier(buffer), turn / kBuffers % 2);
+    const uint32_t from = read_from_ + buffer * kSlots * sizeof(float);
+    if constexpr (kScope == Scope::kBlock) {
+      const int warp = lane_ % kBlockWarps;
+      return SumLanes<kBlockWarps>(warp < warps_ ? LoadShared(from + warp * 4) : 0.0f);
+    }
     float value = 0.0f;
-    const int slots = warps_ * blocks_;
-    for (int i = lane_; i < slots; i += 32) value += shared_.sums[buffer][first_warp_ + i];
+#pragma unroll 1
+    for (int i = lane_; i < warps_ * blocks_; i += 32) value += LoadShared(from + i * 4);
     return SumWarp(value);
   }
 
-  // Before the block ends, or reuses the barriers' memory: the others may still write to it until then.
+  // Before the block ends: the others of its cluster may still write to it until then.
   __device__ void Finish() {
 #if __CUDA_ARCH__ >= 900
     if constexpr (kScope == Scope::kCluster) cooperative_groups::this_cluster().sync();
@@ -189,47 +214,41 @@ class SplitRowSum {
   }
 
  private:
-  static __device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+  __device__ __forceinline__ uint32_t Barrier(unsigned buffer) const {
+    return barriers_ + buffer * kBlockWarps * sizeof(uint64_t);
   }
 
-  __device__ __forceinline__ uint32_t Barrier(int buffer) const {
-    return SharedAddress(&shared_.barriers[buffer][kScope == Scope::kCluster ? 0 : slot_]);
+  static __device__ __forceinline__ float LoadShared(uint32_t address) {
+    float value;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+    return value;
   }
 
   static __device__ __forceinline__ void WaitBarrier(uint32_t barrier, unsigned parity) {
     unsigned done = 0;
     while (done == 0) {
+      asm volatile(
+          "{\n"
+          ".reg .pred done;\n"
 #if __CUDA_ARCH__ >= 900
-      asm volatile(
-          "{\n"
-          ".reg .pred done;\n"
-          "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n"
-          "selp.u32 %0, 1, 0, done;\n"
-          "}\n"
-          : "=r"(done)
-          : "r"(barrier), "r"(parity)
-          : "memory");
+          "mbarrier.try_wait.parity.shared.b64 done, [%1], %2;\n"
 #else
-      asm volatile(
-          "{\n"
-          ".reg .pred done;\n"
           "mbarrier.test_wait.parity.shared.b64 done, [%1], %2;\n"
+#endif
           "selp.u32 %0, 1, 0, done;\n"
           "}\n"
           : "=r"(done)
           : "r"(barrier), "r"(parity)
           : "memory");
-#endif
     }
   }
 
-  Shared& shared_;
   int lanes_;
-  int slot_;
-  int lane_ = 0, warps_ = 1, first_warp_ = 0, rank_ = 0, blocks_ = 1;
+  int lane_ = 0, warps_ = 1, blocks_ = 1;
+  bool leader_ = false;
+  uint32_t barriers_ = 0, read_from_ = 0, write_to_ = 0;
   float current_ = 0, previous_ = 0;  // kLanes: the last two sums
-  int last_turn_ = 0;
+  unsigned last_turn_ = 0;
 };
 
 }  // namespace jax_rmsnorm
