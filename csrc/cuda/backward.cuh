@@ -86,8 +86,6 @@ __global__ __launch_bounds__(512, 1) void BackwardKernel(const __grid_constant__
 #pragma unroll
   for (int k = 0; k < kPackets; ++k) {
     column[k] = ((k * place.blocks + place.rank) * threads + thread) * kSize;
-    if (column[k] < hidden) continue;
-    for (int stage = 0; stage < stages; ++stage) ring.Zero(stage, k);
   }
 
   const int64_t items = args.shape.groups * params.blocks_per_group;
@@ -102,7 +100,11 @@ __global__ __launch_bounds__(512, 1) void BackwardKernel(const __grid_constant__
     for (int k = 0; k < kPackets; ++k) {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) gamma[k][i] = dgamma[k][i] = 0.0f;
-      if (column[k] < hidden) LoadGamma(args, group * hidden + column[k], gamma[k]);
+      if (column[k] < hidden) {
+        LoadGamma(args, group * hidden + column[k], gamma[k]);
+      } else {
+        for (int stage = 0; stage < stages; ++stage) ring.Zero(stage, k);
+      }
     }
 
     // All slots of a block make the same number of turns; a slot without a row only takes part in the sums.
