@@ -77,24 +77,27 @@ LaunchConfig AlignedForward(const Device& device, int64_t hidden, int width) {
   return Loop(width, kThreads);
 }
 
-// Layouts without a ring of stages in shared memory are left to the caller.
 LaunchConfig AlignedBackward(const Device& device, int64_t hidden, int width, int64_t pair_bytes) {
-  constexpr int kThreads = 512;                 // a block and an SM, at up to 128 registers each
+  constexpr int kThreads = 512;  // a block and an SM, at up to 128 registers each
+  // For blocks of several rows. Measured: fewer threads disturb each other's memory streams less, and the
+  // wider rows of 512 threads want more of them in flight.
+  constexpr int kSharedThreads = 384;
   constexpr int kOtherSharedMemory = 7 * 1024;  // the sums, up to 5 KiB in a cluster, and the system's 1 KiB
   const int64_t packets = CeilDiv(hidden, width);
   LaunchConfig config;
   if (packets <= 2 * kWarp) {
-    config = Lanes(packets, packets == 1 ? 1 : 2, width, kThreads);
+    config = Lanes(packets, packets == 1 ? 1 : 2, width, kSharedThreads);
   } else {
     const int cluster = ClusterFor(packets, 2, kThreads);
     if (cluster > device.max_cluster) return Loop(width, kThreads);
     config = Blocks(packets, 2, width, cluster);
     // Several rows a block where there is room: fewer blocks, and fewer partial rows of dgamma.
-    if (cluster == 1) config.block *= kThreads / config.block;
+    if (cluster == 1) config.block *= std::max(1, kSharedThreads / config.block);
   }
   const int64_t stage = config.block * config.packets * pair_bytes;
   const int64_t room = device.shared_memory - kOtherSharedMemory;
-  config.stages = kManyStages * stage <= room ? kManyStages : kFewStages;
+  const bool many = config.block == config.threads_per_row && kManyStages * stage <= room;
+  config.stages = many ? kManyStages : kFewStages;
   config.shared_memory = config.stages * stage;
   return config.shared_memory <= room ? config : Loop(width, kThreads);
 }
