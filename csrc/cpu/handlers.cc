@@ -15,13 +15,26 @@ namespace {
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Elements a task: enough work to pay for handing it to another thread.
+// Elements a task, and elements below which all of them are one: enough work to pay for waking another
+// thread.
 constexpr int64_t kTaskElements = 32 * 1024;
+constexpr int64_t kSerialElements = 128 * 1024;
+
+// Rows that make a task, out of `rows` in all.
+int64_t RowsPerTask(int64_t rows, int64_t hidden) {
+  if (rows * hidden <= kSerialElements) return std::max<int64_t>(1, rows);
+  return std::max<int64_t>(1, kTaskElements / hidden);
+}
 
 // Runs run(0), ..., run(tasks - 1) on XLA's threads and on this one. This thread takes tasks like the others
 // and waits only for those under way, so that it comes to an end also where it is the pool's only free
 // thread.
 void ParallelFor(ffi::ThreadPool& pool, int64_t tasks, const std::function<void(int64_t)>& run) {
+  const int64_t helpers = std::min(pool.num_threads(), tasks) - 1;
+  if (helpers <= 0) {
+    for (int64_t task = 0; task < tasks; ++task) run(task);
+    return;
+  }
   struct State {
     std::atomic<int64_t> next{0};
     int64_t done = 0;
@@ -37,7 +50,6 @@ void ParallelFor(ffi::ThreadPool& pool, int64_t tasks, const std::function<void(
     state->done += finished;
     if (state->done == tasks) state->all_done.notify_one();
   };
-  const int64_t helpers = std::min(pool.num_threads(), tasks) - 1;
   for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::function<void()>(work));
   work();
   std::unique_lock<std::mutex> lock(state->mutex);
@@ -51,7 +63,7 @@ ffi::Error Forward(ffi::AnyBuffer x, OptionalArg gamma, ffi::Result<ffi::AnyBuff
   JAX_RMSNORM_RETURN_IF_ERROR(
       DecodeForward(x, gamma, y, rrms, {eps, zero_centered_gamma, round_before_gamma}, &args));
   const int64_t rows = args.shape.groups * args.shape.rows;
-  const int64_t rows_per_task = std::max<int64_t>(1, kTaskElements / args.shape.hidden);
+  const int64_t rows_per_task = RowsPerTask(rows, args.shape.hidden);
   const CpuKernels& kernels = ActiveKernels();
   ParallelFor(pool, CeilDiv(rows, rows_per_task), [&](int64_t task) {
     kernels.forward(args, task * rows_per_task, std::min(rows, (task + 1) * rows_per_task));
@@ -69,7 +81,7 @@ ffi::Error Backward(ffi::AnyBuffer x, ffi::AnyBuffer rrms, ffi::AnyBuffer dy, Op
   JAX_RMSNORM_RETURN_IF_ERROR(DecodeBackward(x, rrms, dy, gamma, dx, dgamma, partials,
                                              {0.0f, zero_centered_gamma, round_before_gamma}, &args));
   const Shape& shape = args.shape;
-  const int64_t wanted = CeilDiv(shape.rows * shape.hidden, kTaskElements);
+  const int64_t wanted = CeilDiv(shape.rows, RowsPerTask(shape.rows, shape.hidden));
   const int64_t most = args.dgamma == nullptr ? shape.rows : std::min(shape.rows, args.partial_rows);
   const int64_t tasks_per_group = std::max<int64_t>(1, std::min(wanted, most));
   const int64_t rows_per_task = CeilDiv(shape.rows, tasks_per_group);
@@ -84,7 +96,7 @@ ffi::Error Backward(ffi::AnyBuffer x, ffi::AnyBuffer rrms, ffi::AnyBuffer dy, Op
   });
   if (args.dgamma == nullptr) return ffi::Error::Success();
 
-  const int64_t columns_per_task = std::max<int64_t>(256, kTaskElements / tasks_per_group);
+  const int64_t columns_per_task = std::max<int64_t>(256, kSerialElements / tasks_per_group);
   const int64_t finish_tasks = CeilDiv(shape.hidden, columns_per_task);
   ParallelFor(pool, shape.groups * finish_tasks, [&](int64_t task) {
     const int64_t first = task % finish_tasks * columns_per_task;

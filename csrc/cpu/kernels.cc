@@ -24,34 +24,60 @@ void WithType(DType dtype, F&& f) {
   }
 }
 
-// Calls body(column, load, store) for each vector of the columns [first, last); load and store take a pointer
-// to the row's first element, and handle the vector that is not full.
+// Where in a row a loop is: a whole vector, or what is left of the row after the last one.
+struct Whole {
+  int64_t column;
+
+  template <typename T>
+  Floats Load(const T* row) const {
+    return JAX_RMSNORM_ISA::Load(row + column);
+  }
+  template <typename T>
+  void Store(T* row, Floats values) const {
+    JAX_RMSNORM_ISA::Store(row + column, values);
+  }
+  template <typename T>
+  void Stream(T* row, Floats values) const {
+    JAX_RMSNORM_ISA::Stream(row + column, values);
+  }
+};
+
+struct Rest {
+  int64_t column;
+  int64_t count;
+
+  template <typename T>
+  Floats Load(const T* row) const {
+    return LoadSome(row + column, count);
+  }
+  template <typename T>
+  void Store(T* row, Floats values) const {
+    StoreSome(row + column, values, count);
+  }
+  template <typename T>
+  void Stream(T* row, Floats values) const {
+    Store(row, values);
+  }
+};
+
+// Calls body(at) for each vector of the columns [first, last).
 template <typename Body>
 inline void ForColumns(int64_t first, int64_t last, Body&& body) {
   int64_t column = first;
-  for (; column + kLanes <= last; column += kLanes) {
-    body([column](const auto* row) { return Load(row + column); },
-         [column](auto* row, Floats values) { Store(row + column, values); });
-  }
-  if (const int64_t rest = last - column; rest > 0) {
-    body([column, rest](const auto* row) { return LoadSome(row + column, rest); },
-         [column, rest](auto* row, Floats values) { StoreSome(row + column, values, rest); });
-  }
+  for (; column + kLanes <= last; column += kLanes) body(Whole{column});
+  if (column < last) body(Rest{column, last - column});
 }
 
-// The sum over a row of term(load), in several independent chains: one alone would wait for each addition.
+// The sum over a row of term(at), in several independent chains: one alone would wait for each addition.
 template <typename Term>
 inline float SumColumns(int64_t hidden, Term&& term) {
   constexpr int kChains = 4;
   Floats sums[kChains] = {};
   int64_t column = 0;
   for (; column + kChains * kLanes <= hidden; column += kChains * kLanes) {
-    for (int chain = 0; chain < kChains; ++chain) {
-      const int64_t at = column + chain * kLanes;
-      sums[chain] += term([at](const auto* row) { return Load(row + at); });
-    }
+    for (int chain = 0; chain < kChains; ++chain) sums[chain] += term(Whole{column + chain * kLanes});
   }
-  ForColumns(column, hidden, [&](auto load, auto) { sums[0] += term(load); });
+  ForColumns(column, hidden, [&](auto at) { sums[0] += term(at); });
   return Sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
@@ -83,7 +109,7 @@ class Gamma {
       WithType(dtype_, [&](auto tag) {
         const auto* from = static_cast<const decltype(tag)*>(gamma_) + group * hidden_;
         const Floats center = Broadcast(zero_centered_ ? 1.0f : -0.0f);
-        ForColumns(0, hidden_, [&](auto load, auto store) { store(values_, load(from) + center); });
+        ForColumns(0, hidden_, [&](auto at) { at.Store(values_, at.Load(from) + center); });
       });
     }
     return row_ = values_;
@@ -99,32 +125,49 @@ class Gamma {
   float* values_ = nullptr;  // not a std::vector, whose code would be shared between instruction sets
 };
 
+// Whether the rows of a result are best written past the caches: where it is larger than a usual last-level
+// cache's share for one tensor, and its rows begin where whole vectors can be written.
+template <typename T>
+bool ShouldStream(const Shape& shape, const void* result) {
+  constexpr int64_t kLargeBytes = 16 << 20;
+  constexpr int64_t kVectorBytes = kLanes * sizeof(T);
+  const int64_t row_bytes = shape.hidden * static_cast<int64_t>(sizeof(T));
+  return shape.groups * shape.rows * row_bytes >= kLargeBytes && row_bytes % kVectorBytes == 0 &&
+         reinterpret_cast<uintptr_t>(result) % kVectorBytes == 0;
+}
+
 template <typename X, typename Y, bool kRound>
 void ForwardRows(const ForwardArgs& args, int64_t first, int64_t last) {
   const int64_t hidden = args.shape.hidden;
+  const float inverse_hidden = 1.0f / static_cast<float>(hidden);
+  const bool stream = ShouldStream<Y>(args.shape, args.y);
   Gamma gamma(args);
   for (int64_t row = first; row < last; ++row) {
     const X* x = static_cast<const X*>(args.x) + row * hidden;
     Y* y = static_cast<Y*>(args.y) + row * hidden;
     const float* g = gamma.Row(row / args.shape.rows);
-    const float sum = SumColumns(hidden, [&](auto load) {
-      const Floats values = load(x);
+    const float sum = SumColumns(hidden, [&](auto at) {
+      const Floats values = at.Load(x);
       return values * values;
     });
-    const float rrms = 1.0f / std::sqrt(sum / static_cast<float>(hidden) + args.arithmetic.eps);
+    const float rrms = 1.0f / std::sqrt(sum * inverse_hidden + args.arithmetic.eps);
     if (args.rrms != nullptr) args.rrms[row] = rrms;
-    ForColumns(0, hidden, [&](auto load, auto store) {
-      Floats normalized = load(x) * rrms;
+    ForColumns(0, hidden, [&](auto at) {
+      Floats normalized = at.Load(x) * rrms;
       if constexpr (kRound) normalized = RoundTo<X>(normalized);
-      store(y, normalized * load(g));
+      const Floats values = normalized * at.Load(g);
+      stream ? at.Stream(y, values) : at.Store(y, values);
     });
   }
+  if (stream) FinishStreaming();
 }
 
 // One pass over memory: the second sweep over a row finds it in the cache.
 template <typename X, typename D, bool kRound>
 void BackwardRows(const BackwardArgs& args, int64_t group, int64_t first, int64_t last, float* partial) {
   const int64_t hidden = args.shape.hidden;
+  const float inverse_hidden = 1.0f / static_cast<float>(hidden);
+  const bool stream = ShouldStream<X>(args.shape, args.dx);
   Gamma gamma(args);
   const float* g = gamma.Row(group);
   if (partial != nullptr) std::memset(partial, 0, static_cast<size_t>(hidden) * sizeof(float));
@@ -134,22 +177,20 @@ void BackwardRows(const BackwardArgs& args, int64_t group, int64_t first, int64_
     const D* dy = static_cast<const D*>(args.dy) + index * hidden;
     X* dx = static_cast<X*>(args.dx) + index * hidden;
     const float rrms = args.rrms[index];
-    const float sum = SumColumns(hidden, [&](auto load) { return (load(dy) * load(g)) * (load(x) * rrms); });
-    const float c = sum / static_cast<float>(hidden);
-    const auto write_dx = [&](auto load, auto store, Floats normalized, Floats dys) {
-      store(dx, rrms * (dys * load(g) - normalized * c));
-    };
-    if (partial == nullptr) {
-      ForColumns(0, hidden, [&](auto load, auto store) { write_dx(load, store, load(x) * rrms, load(dy)); });
-    } else {
-      ForColumns(0, hidden, [&](auto load, auto store) {
-        const Floats normalized = load(x) * rrms;
-        const Floats dys = load(dy);
-        store(partial, load(partial) + dys * (kRound ? RoundTo<X>(normalized) : normalized));
-        write_dx(load, store, normalized, dys);
-      });
-    }
+    const float sum =
+        SumColumns(hidden, [&](auto at) { return (at.Load(dy) * at.Load(g)) * (at.Load(x) * rrms); });
+    const float c = sum * inverse_hidden;
+    ForColumns(0, hidden, [&](auto at) {
+      const Floats normalized = at.Load(x) * rrms;
+      const Floats dys = at.Load(dy);
+      if (partial != nullptr) {
+        at.Store(partial, at.Load(partial) + dys * (kRound ? RoundTo<X>(normalized) : normalized));
+      }
+      const Floats values = rrms * (dys * at.Load(g) - normalized * c);
+      stream ? at.Stream(dx, values) : at.Store(dx, values);
+    });
   }
+  if (stream) FinishStreaming();
 }
 
 void Forward(const ForwardArgs& args, int64_t first, int64_t last) {
@@ -181,10 +222,10 @@ void Finish(const BackwardArgs& args, int64_t group, int64_t count, int64_t firs
   const float* partials = args.partials + group * args.partial_rows * hidden;
   WithType(args.gamma_dtype, [&](auto tag) {
     auto* dgamma = static_cast<decltype(tag)*>(args.dgamma) + group * hidden;
-    ForColumns(first, last, [&](auto load, auto store) {
+    ForColumns(first, last, [&](auto at) {
       Floats total = {};
-      for (int64_t row = 0; row < count; ++row) total += load(partials + row * hidden);
-      store(dgamma, total);
+      for (int64_t row = 0; row < count; ++row) total += at.Load(partials + row * hidden);
+      at.Store(dgamma, total);
     });
   });
 }

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -41,18 +41,47 @@ inline To BitCast(const From& from) {
 
 inline Floats Broadcast(float value) { return value - Floats{}; }
 
+// In the order of a binary tree: halves are added to halves.
 inline float Sum(Floats values) {
+#if defined(__AVX512F__)
+  struct Parts {
+    __m256 low, high;
+  };
+  const auto parts = BitCast<Parts>(values);
+  const __m256 half = _mm256_add_ps(parts.low, parts.high);
+#elif defined(__AVX2__)
+  const __m256 half = (__m256)values;
+#endif
+#if defined(__AVX2__)
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+#else
   float lanes[kLanes];
   std::memcpy(lanes, &values, sizeof(values));
   for (int width = kLanes / 2; width > 0; width /= 2) {
     for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
   }
   return lanes[0];
+#endif
 }
 
-inline Floats Widen(BFloat16, Halves bits) {
-  return BitCast<Floats>(__builtin_convertvector(bits, Words) << 16);
+#if defined(__AVX512F__)
+inline Words WidenBits(Halves bits) { return (Words)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits); }
+inline Halves NarrowBits(Words bits) { return (Halves)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)bits); }
+#elif defined(__AVX2__)
+inline Words WidenBits(Halves bits) { return (Words)_mm256_cvtepu16_epi32((__m128i)bits); }
+// Exact where every word is below 2^16; GCC 12 makes a dozen instructions of the conversion.
+inline Halves NarrowBits(Words bits) {
+  const __m256i words = (__m256i)bits;
+  return (Halves)_mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
 }
+#else
+inline Words WidenBits(Halves bits) { return __builtin_convertvector(bits, Words); }
+inline Halves NarrowBits(Words bits) { return __builtin_convertvector(bits, Halves); }
+#endif
+
+inline Floats Widen(BFloat16, Halves bits) { return BitCast<Floats>(WidenBits(bits) << 16); }
 
 // To the nearest, ties to even. A NaN stays one: the carry of the rounding must not run into its exponent.
 inline Halves Narrow(BFloat16, Floats values) {
@@ -60,7 +89,7 @@ inline Halves Narrow(BFloat16, Floats values) {
   const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Words quiet = (bits >> 16) | 0x40u;
   const Words is_nan = BitCast<Words>(values != values);
-  return __builtin_convertvector((rounded & ~is_nan) | (quiet & is_nan), Halves);
+  return NarrowBits((rounded & ~is_nan) | (quiet & is_nan));
 }
 
 #if defined(__AVX512F__)
@@ -78,7 +107,7 @@ inline Halves Narrow(Float16, Floats values) {
 // Exponents are moved by integer addition, and subnormals made of normal numbers alone: XLA's threads take
 // subnormal float32 for zero.
 inline Floats Widen(Float16, Halves bits) {
-  const Words wide = __builtin_convertvector(bits, Words);
+  const Words wide = WidenBits(bits);
   const Words magnitude = (wide & 0x7fffu) << 13;
   const Words special = BitCast<Words>(magnitude >= 0x0f800000u);  // inf and NaN keep an exponent of all ones
   const Words small = BitCast<Words>(magnitude < 0x00800000u);
@@ -101,7 +130,7 @@ inline Halves Narrow(Float16, Floats values) {
   Words result = (subnormal & is_small) | (normal & ~is_small);
   result = (result & ~is_large) | (0x7c00u & is_large);
   result = (result & ~is_nan) | (0x7e00u & is_nan);
-  return __builtin_convertvector(result | sign, Halves);
+  return NarrowBits(result | sign);
 }
 #endif
 
@@ -112,6 +141,18 @@ inline Floats Load(const float* from) {
 }
 
 inline void Store(float* to, Floats values) { std::memcpy(to, &values, sizeof(values)); }
+
+// Past the caches, for a tensor too large to be found in them again: spares reading what is about to be
+// overwritten. `to` must be aligned to the vector's size.
+inline void Stream(float* to, Floats values) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, (__m512)values);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(to, (__m256)values);
+#else
+  Store(to, values);
+#endif
+}
 
 template <typename T>
 inline Floats Load(const T* from) {
@@ -124,6 +165,25 @@ template <typename T>
 inline void Store(T* to, Floats values) {
   const Halves bits = Narrow(T{}, values);
   std::memcpy(to, &bits, sizeof(bits));
+}
+
+template <typename T>
+inline void Stream(T* to, Floats values) {
+  const Halves bits = Narrow(T{}, values);
+#if defined(__AVX512F__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)bits);
+#elif defined(__AVX2__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to), (__m128i)bits);
+#else
+  std::memcpy(to, &bits, sizeof(bits));
+#endif
+}
+
+// Makes streamed values visible to other threads, before this one says that it is done.
+inline void FinishStreaming() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
 }
 
 // The first `count` lanes, 0 < count < kLanes; the others read as zero, and are not written.
