@@ -16,10 +16,13 @@ import numpy as np
 from jax.export import is_symbolic_dim
 from jax.typing import ArrayLike, DTypeLike
 
+from ._compat import is_static_dim
 from ._options import Implementation, Options, Rounding, SMMargin
 from ._primitives.common import KERNEL_DTYPES
 
 _DTYPES = (*KERNEL_DTYPES, np.dtype(np.float64))
+_MOST_HIDDEN = 2**30  # columns are counted in 32 bits
+_MOST_MARGIN = 2**16 - 1  # SMs; no GPU has as many
 _DTYPE_NAMES = "float32, bfloat16, float16 or float64"
 
 
@@ -72,15 +75,23 @@ def check(
         )
     leading = x.shape[: x.ndim - len(shape)]
     hidden = math.prod(shape)
+    fits = not is_static_dim(hidden) or hidden <= _MOST_HIDDEN
+    if options.require_kernel and not fits:
+        raise NotImplementedError(
+            f"implementation='kernel': the kernels normalize up to {_MOST_HIDDEN} elements, got {hidden}. "
+            "Use implementation=None or 'xla'."
+        )
     return Call(
         x=x.reshape(*leading, hidden),
         gamma=None if gamma is None else gamma.reshape(hidden),
         options=options,
-        use_kernel=implementation != "xla" and dtypes <= KERNEL_DTYPES,
+        use_kernel=implementation != "xla" and dtypes <= KERNEL_DTYPES and fits,
     )
 
 
 def _to_array(name: str, value: Any) -> jax.Array:
+    if not isinstance(value, jax.Array) and hasattr(value, "__jax_array__"):  # a Flax variable, say
+        value = value.__jax_array__()
     if not isinstance(value, jax.Array | np.ndarray | np.generic):
         raise TypeError(f"{name} must be an array, got {type(value).__name__}")
     if value.dtype not in _DTYPES:
@@ -181,6 +192,8 @@ def _check_margin(margin: Any) -> SMMargin:
             )
         if value < 0:
             raise ValueError(f"sm_margin must be 0 or more, got {kind}={value}")
+        if value > _MOST_MARGIN:
+            raise ValueError(f"sm_margin must be {_MOST_MARGIN} or less, got {kind}={value}")
     if any(values.values()) and (count := _sm_count()) is not None:
         for kind, value in values.items():
             if value >= count:

@@ -9,6 +9,9 @@ from typing import Any
 
 import jax
 
+# Runs a primitive outside `jax.jit` by compiling it, also under `jax.disable_jit`; nothing public does.
+from jax._src.dispatch import apply_primitive as apply_primitive
+
 # Rules of custom primitives. `jax.interpreters` exports these modules for such use, without type stubs' promises.
 from jax.interpreters import batching as batching
 from jax.interpreters import mlir as mlir

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import TypeAlias
@@ -42,15 +43,20 @@ def _describe_cpu() -> Info:
     module = _ffi.CPU.module
     if module is None:
         return {"loaded": "no", "reason": _ffi.CPU.reason}
-    return {
+    active = module.active_instruction_set()
+    described: Info = {
         "loaded": "yes",
-        "instruction set": module.active_instruction_set(),
+        "instruction set": active,
         "available": ", ".join(module.instruction_sets()),
     }
+    wanted = os.environ.get("JAX_RMSNORM_CPU_ISA", active)
+    if wanted != active:
+        described["ignored"] = f"JAX_RMSNORM_CPU_ISA={wanted}, which is not available here"
+    return described
 
 
 def _describe_cuda() -> Info:
     module = _ffi.CUDA.module
     if module is None:
         return {"loaded": "no", "reason": _ffi.CUDA.reason}
-    return {"loaded": "yes", "compute capabilities": module.architectures}
+    return {"loaded": "yes", "compiled for": module.architectures}

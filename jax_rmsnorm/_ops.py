@@ -45,8 +45,8 @@ def rms_norm(
             multiplied by γ, as the LLaMA models and ONNX define it.
         dtype: of the result; x's by default.
         sm_margin: streaming multiprocessors that the GPU kernels leave to others, one number or a `SMMargin`.
-            None reads the environment variables JAX_RMSNORM_{FORWARD,BACKWARD,INFERENCE}_SM_MARGIN,
-            and where they are not set JAX_RMSNORM_SM_MARGIN.
+            None reads the environment variables JAX_RMSNORM_{FORWARD,BACKWARD,INFERENCE}_SM_MARGIN, and where they
+            are not set JAX_RMSNORM_SM_MARGIN, when the call is traced.
         implementation: None for the kernel where there is one and plain JAX elsewhere; "kernel" for an error
             elsewhere; "xla" for plain JAX.
 

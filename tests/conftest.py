@@ -6,6 +6,9 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 
+# Tests start Python in the checkout, whose own jax_rmsnorm folder must not hide the installed package.
+os.environ["PYTHONSAFEPATH"] = "1"
+
 import hypothesis
 import jax
 

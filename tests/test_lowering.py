@@ -171,3 +171,15 @@ def test_compile_ahead_of_time_and_serialize():
         *serialize_executable.serialize(compiled), execution_devices=jax.devices()[:1]
     )
     assert_same_bits(loaded(X, GAMMA, DY), expected)
+
+
+def test_scratch_of_many_groups_is_small():
+    """Per-example gradients: dgamma's scratch does not grow with the examples beyond one row each."""
+    gradients = jax.vmap(jax.grad(lambda x, g: jnp.sum(rms_norm(x, g)), 1), (0, None))
+    jaxpr = jax.make_jaxpr(gradients)(jnp.ones((4096, 32, 1024)), jnp.ones(1024))
+    (call,) = [line for line in str(jaxpr).splitlines() if "= rms_norm_backward[" in line]
+    assert re.findall(r"f32(\[[0-9,]*\])", call) == [
+        "[4096,32,1024]",  # dx
+        "[4096,1024]",  # dgamma
+        "[4096,1,1024]",  # scratch
+    ]

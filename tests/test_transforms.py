@@ -209,3 +209,11 @@ def test_donation():
     y = jax.jit(rms_norm, donate_argnums=0)(donated, gamma)
     assert donated.is_deleted()
     assert_same_bits(y, expected)
+
+
+def test_disable_jit():
+    x, gamma = draw(0, (3, 16), jnp.float32), draw(1, 16, jnp.float32)
+    want = jax.grad(lambda x: jnp.sum(rms_norm(x, gamma) ** 2))(x)
+    with jax.disable_jit():
+        got = jax.grad(lambda x: jnp.sum(rms_norm(x, gamma) ** 2))(x)
+    np.testing.assert_array_equal(got, want)

@@ -82,24 +82,31 @@ LaunchConfig AlignedBackward(const Device& device, int64_t hidden, int width, in
   // For blocks of several rows. Measured: fewer threads disturb each other's memory streams less, and the
   // wider rows of 512 threads want more of them in flight.
   constexpr int kSharedThreads = 384;
-  constexpr int kOtherSharedMemory = 7 * 1024;  // the sums, up to 5 KiB in a cluster, and the system's 1 KiB
   const int64_t packets = CeilDiv(hidden, width);
+  const int per_thread = packets == 1 ? 1 : 2;
+  const int64_t stage_bytes = per_thread * pair_bytes;  // a thread
+  const int64_t room = device.shared_memory - kOtherSharedMemory;
+  const auto fits = [&](int threads, int stages) { return stages * threads * stage_bytes <= room; };
+
   LaunchConfig config;
   if (packets <= 2 * kWarp) {
-    config = Lanes(packets, packets == 1 ? 1 : 2, width, kSharedThreads);
+    config = Lanes(packets, per_thread, width, kSharedThreads);
   } else {
-    const int cluster = ClusterFor(packets, 2, kThreads);
-    if (cluster > device.max_cluster) return Loop(width, kThreads);
-    config = Blocks(packets, 2, width, cluster);
+    int cluster = ClusterFor(packets, per_thread, kThreads);
+    do {
+      if (cluster > device.max_cluster) return Loop(width, kThreads);
+      config = Blocks(packets, per_thread, width, cluster);
+      cluster *= 2;  // a slice of the row that fits into shared memory
+    } while (!fits(config.block, kFewStages));
     // Several rows a block where there is room: fewer blocks, and fewer partial rows of dgamma.
-    if (cluster == 1) config.block *= std::max(1, kSharedThreads / config.block);
+    if (config.cluster == 1) config.block *= std::max(1, kSharedThreads / config.block);
   }
-  const int64_t stage = config.block * config.packets * pair_bytes;
-  const int64_t room = device.shared_memory - kOtherSharedMemory;
-  const bool many = config.block == config.threads_per_row && kManyStages * stage <= room;
-  config.stages = many ? kManyStages : kFewStages;
-  config.shared_memory = config.stages * stage;
-  return config.shared_memory <= room ? config : Loop(width, kThreads);
+  const int unit = std::max(config.threads_per_row, kWarp);
+  while (config.block > unit && !fits(config.block, kFewStages)) config.block -= unit;
+  const bool single = config.block == config.threads_per_row;
+  config.stages = single && fits(config.block, kManyStages) ? kManyStages : kFewStages;
+  config.shared_memory = config.stages * config.block * stage_bytes;
+  return config;
 }
 
 int UsableSMs(const Device& device, int margin) { return std::max(1, device.sm_count - std::max(0, margin)); }
@@ -137,6 +144,7 @@ LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x
   LaunchConfig config = aligned
                             ? AlignedBackward(device, shape.hidden, width, width * (SizeOf(x) + SizeOf(dy)))
                             : Unaligned(device, shape.hidden, 256, 512);
+  config.most_shared_memory = device.shared_memory - kOtherSharedMemory;
   const int64_t slots = config.block / config.threads_per_row;
   if (slots > 1) {
     // At the end the slots of a block add up their columns of dgamma in shared memory.

@@ -20,6 +20,10 @@ enum class Scope : int32_t {
 constexpr int kManyStages = 6;
 constexpr int kFewStages = 3;
 
+// Of a block's shared memory, what is not dynamic: the sums, up to 5 KiB in a cluster, and the system's 1
+// KiB.
+constexpr int kOtherSharedMemory = 7 * 1024;
+
 struct Device {
   int sm_count = 0;
   int shared_memory = 0;  // bytes that one block can have, and (about) all that an SM has
@@ -37,8 +41,10 @@ struct LaunchConfig {
   int cluster = 1;          // blocks a row
   int64_t grid = 0;         // blocks; a multiple of `cluster`
   // Backward only:
-  int stages = 0;                // rows in flight in shared memory; 0: loads go straight to registers
-  int64_t shared_memory = 0;     // dynamic, in bytes
+  int stages = 0;             // rows in flight in shared memory; 0: loads go straight to registers
+  int64_t shared_memory = 0;  // dynamic, in bytes
+  int64_t most_shared_memory =
+      0;  // that a launch on this device may ask for: the same for all, see LaunchKernel
   int64_t blocks_per_group = 0;  // blocks (or clusters) that share the rows of one group: rows of `partials`
 };
 

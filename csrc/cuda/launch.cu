@@ -1,6 +1,7 @@
 // From a problem to kernels: alignment, configuration, dispatch on dtypes, and the finish of dgamma.
 #include <algorithm>
-#include <atomic>
+#include <mutex>
+#include <utility>
 
 #include "backward.cuh"
 #include "forward.cuh"
@@ -90,15 +91,15 @@ cudaError_t LaunchFinish(const BackwardArgs& args, int64_t count, cudaStream_t s
 }
 
 // How many clusters of each size run at the same time if their blocks have an SM each: GPCs differ from chip
-// to chip.
-cudaError_t CountResidentClusters(Device* device) {
+// to chip, and part of a chip may be all there is. Ends at the largest size that finds a place.
+void CountResidentClusters(Device* device) {
   constexpr int kLargeSharedMemory = 160 * 1024;  // leaves no room for a second block
-  const int shared = std::min(device->shared_memory - 8 * 1024, kLargeSharedMemory);
-  cudaError_t error = cudaFuncSetAttribute(FinishKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error != cudaSuccess || device->max_cluster == 1) return error;
-  error = cudaFuncSetAttribute(FinishKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  if (error != cudaSuccess) return error;
-  for (int i = 0; i < 4 && 2 << i <= device->max_cluster; ++i) {
+  const int shared = std::min(device->shared_memory - kOtherSharedMemory, kLargeSharedMemory);
+  const int wanted = device->max_cluster;
+  device->max_cluster = 1;
+  cudaFuncSetAttribute(FinishKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  cudaFuncSetAttribute(FinishKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  for (int i = 0; i < 4 && 2 << i <= wanted; ++i) {
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {2u << i, 1, 1};
@@ -108,30 +109,35 @@ cudaError_t CountResidentClusters(Device* device) {
     launch.dynamicSmemBytes = static_cast<size_t>(shared);
     launch.attrs = &attribute;
     launch.numAttrs = 1;
-    error = cudaOccupancyMaxActiveClusters(&device->resident_clusters[i], FinishKernel, &launch);
-    if (error != cudaSuccess) return error;
+    int count = 0;
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(&count, FinishKernel, &launch);
+    if (error != cudaSuccess || count < 1) break;
+    device->resident_clusters[i] = count;
+    device->max_cluster = 2 << i;
   }
-  return cudaSuccess;
+  (void)cudaGetLastError();  // sizes that do not fit are no error of the caller's
 }
 
 }  // namespace
 
 cudaError_t CurrentDevice(Device* device) {
   constexpr int kDevices = 64;
-  static std::atomic<bool> known[kDevices];
+  static std::mutex mutex;
   static Device devices[kDevices];
   int ordinal = 0;
   cudaError_t error = cudaGetDevice(&ordinal);
   if (error != cudaSuccess) return error;
-  if (ordinal < kDevices && known[ordinal].load(std::memory_order_acquire)) {
+  if (ordinal >= kDevices) return cudaErrorInvalidDevice;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (devices[ordinal].sm_count > 0) {
     *device = devices[ordinal];
     return cudaSuccess;
   }
   int major = 0;
   for (const auto& [attribute, value] :
-       {std::pair{cudaDevAttrMultiProcessorCount, &device->sm_count},
-        std::pair{cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared_memory},
-        std::pair{cudaDevAttrComputeCapabilityMajor, &major}}) {
+       {std::pair{cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared_memory},
+        std::pair{cudaDevAttrComputeCapabilityMajor, &major},
+        std::pair{cudaDevAttrMultiProcessorCount, &device->sm_count}}) {
     error = cudaDeviceGetAttribute(value, attribute, ordinal);
     if (error != cudaSuccess) return error;
   }
@@ -141,16 +147,8 @@ cudaError_t CurrentDevice(Device* device) {
   error = cudaFuncGetAttributes(&attributes, FinishKernel);
   if (error != cudaSuccess) return error;
   device->max_cluster = major < 9 || attributes.ptxVersion < 90 ? 1 : major < 12 ? 16 : 8;
-  error = CountResidentClusters(device);
-  if (error != cudaSuccess) return error;
-  if (ordinal < kDevices) {
-    static std::atomic_flag writing = ATOMIC_FLAG_INIT;
-    if (!writing.test_and_set(std::memory_order_acquire)) {
-      devices[ordinal] = *device;
-      known[ordinal].store(true, std::memory_order_release);
-      writing.clear(std::memory_order_release);
-    }
-  }
+  if (device->max_cluster > 1) CountResidentClusters(device);
+  devices[ordinal] = *device;
   return cudaSuccess;
 }
 

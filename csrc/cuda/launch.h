@@ -19,12 +19,14 @@ cudaError_t LaunchBackward(const BackwardArgs& args, int margin, cudaStream_t st
 template <typename Params>
 cudaError_t LaunchKernel(void (*kernel)(Params), const Params& params, const LaunchConfig& config,
                          cudaStream_t stream) {
-  constexpr int64_t kDefaultSharedMemory = 40 * 1024;  // 48 KiB less what kernels declare themselves
+  constexpr int64_t kDefaultSharedMemory = 48 * 1024 - kOtherSharedMemory;
   constexpr int kPortableCluster = 8;
   const void* function = reinterpret_cast<const void*>(kernel);
   if (config.shared_memory > kDefaultSharedMemory) {
+    // The limit belongs to the kernel, which other threads may be launching with other sizes: always the same
+    // value.
     const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(config.shared_memory));
+                                                   static_cast<int>(config.most_shared_memory));
     if (error != cudaSuccess) return error;
   }
   if (config.cluster > kPortableCluster) {

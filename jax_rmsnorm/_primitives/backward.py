@@ -5,6 +5,7 @@ Shapes as for rms_norm_forward; dgamma has gamma's. The mathematics is `_referen
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 
 from .. import _ffi, _reference
-from .._compat import batching, is_static_dim, result_type
+from .._compat import apply_primitive, batching, is_static_dim, result_type
 from .._options import Options
 from .common import attributes, batch_size, batch_to_front, register_lowerings
 
@@ -28,13 +29,16 @@ _PARTIAL_ELEMENTS = 2**22
 def _scratch_shape(x_shape: tuple[Any, ...], gamma_shape: tuple[Any, ...]) -> tuple[Any, ...]:
     """[*groups, partial rows, H] of float32 for dgamma, from the shape alone, so that tracing needs no device.
 
-    Partial rows bound the number of blocks that share a group's rows: 16 MiB for any H from 2,048 to 65,536.
+    Partial rows bound the number of blocks that share a group's rows. They come to 16 MiB for any H from 2,048 to
+    65,536, and less below, or to one row a group where there are many groups.
     """
     groups, hidden = gamma_shape[:-1], gamma_shape[-1]
-    if not is_static_dim(hidden):
-        return (*groups, _LEAST_PARTIAL_ROWS, hidden)
-    bound = min(max(_PARTIAL_ELEMENTS // hidden, _LEAST_PARTIAL_ROWS), _MOST_PARTIAL_ROWS)
     rows = x_shape[len(groups) : -1]
+    bound = _LEAST_PARTIAL_ROWS
+    if is_static_dim(hidden):
+        bound = min(max(_PARTIAL_ELEMENTS // hidden, _LEAST_PARTIAL_ROWS), _MOST_PARTIAL_ROWS)
+    if all(map(is_static_dim, groups)):
+        bound = -(-bound // max(1, math.prod(groups)))
     if all(map(is_static_dim, rows)):
         bound = max(1, min(bound, math.prod(rows)))
     return (*groups, bound, hidden)
@@ -56,7 +60,8 @@ def _abstract_eval(x: Any, rrms: Any, dy: Any, *gamma: Any, options: Options) ->
     if not gamma:
         return [dx]
     (g,) = gamma
-    spec = tuple(g.sharding.spec)
+    # Groups are x's own first axes, and sharded as they are there; gamma may have been broadcast to them.
+    spec = (*x.sharding.spec[: g.ndim - 1], g.sharding.spec[-1])
     dgamma = result_type(x, g.shape, g.dtype, spec)
     scratch_shape = _scratch_shape(x.shape, g.shape)
     scratch = result_type(x, scratch_shape, jnp.dtype("float32"), (*spec[:-1], None, spec[-1]))
@@ -85,6 +90,6 @@ def _batch(operands: Any, axes: Any, *, options: Options) -> Any:
 
 
 backward_p.def_abstract_eval(_abstract_eval)
-backward_p.def_impl(jax.jit(backward_p.bind, static_argnames=("options",)))
+backward_p.def_impl(functools.partial(apply_primitive, backward_p))
 batching.primitive_batchers[backward_p] = _batch
 register_lowerings(backward_p, _reference_rule, _ffi.BACKWARD, _target_attributes)

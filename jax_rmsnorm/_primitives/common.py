@@ -47,6 +47,8 @@ def register_lowerings(
         return lower(ctx, *operands, options=options, **params)
 
     def kernel(ctx: Any, *operands: Any, **params: Any) -> Any:
+        if "cuda" in ctx.module_context.platforms and _ffi.why_not_on_local_gpus() is not None:
+            return plain(ctx, *operands, **params)
         return jax.ffi.ffi_lowering(target)(ctx, *operands, **target_attributes(**params))
 
     mlir.register_lowering(primitive, plain)
@@ -61,6 +63,8 @@ def _no_kernel(platforms: Sequence[str]) -> str:
         for native in (_ffi.CPU, _ffi.CUDA)
         if native.module is None and native.platform.lower() in platforms
     ]
+    if (reason := _ffi.why_not_on_local_gpus()) is not None:
+        reasons.append(reason)
     why = "; ".join(reasons) or "there are kernels for cpu and cuda only"
     return (
         f"implementation='kernel' on platform {', '.join(platforms)}: {why}. "

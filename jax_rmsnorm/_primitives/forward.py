@@ -5,6 +5,7 @@ The mathematics is `_reference.forward`. Groups are there so that a gamma batche
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 from jax.extend.core import Primitive
 
 from .. import _ffi, _reference
-from .._compat import batching, result_type
+from .._compat import apply_primitive, batching, result_type
 from .._options import Options
 from .common import attributes, batch_size, batch_to_front, register_lowerings
 
@@ -66,6 +67,6 @@ def _batch(operands: Any, axes: Any, *, options: Options, save_rrms: bool) -> An
 
 
 forward_p.def_abstract_eval(_abstract_eval)
-forward_p.def_impl(jax.jit(forward_p.bind, static_argnames=("options", "save_rrms")))
+forward_p.def_impl(functools.partial(apply_primitive, forward_p))
 batching.primitive_batchers[forward_p] = _batch
 register_lowerings(forward_p, _reference_rule, _ffi.FORWARD, _target_attributes)

@@ -1,4 +1,5 @@
-"""Run under compute-sanitizer: every scope, forward and backward, aligned and not. Checks no values."""
+"""Run under compute-sanitizer: every scope, forward and backward, aligned and not, and more groups of rows than
+there are blocks. Checks no values."""
 
 import jax
 import jax.numpy as jnp
@@ -16,4 +17,13 @@ for dtype in (jnp.bfloat16, jnp.float32):
         y, vjp = jax.vjp(jax_rmsnorm.rms_norm, x, gamma)
         jax.block_until_ready(vjp(y))
         calls += 1
+
+for hidden in (64, 100, 1024, 4096, 20_480):
+    groups = 150
+    x = jnp.asarray(
+        np.random.default_rng(hidden).standard_normal((groups, 3, hidden)), jnp.bfloat16
+    )
+    y, vjp = jax.vjp(jax.vmap(jax_rmsnorm.rms_norm), x, jnp.ones((groups, hidden)))
+    jax.block_until_ready(vjp(y))
+    calls += 1
 print(f"sanitized: {calls} calls")

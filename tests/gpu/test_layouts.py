@@ -98,8 +98,11 @@ def test_offset_pointers():
     def norm(x):
         return jax_rmsnorm.rms_norm(jax.lax.slice(x, (1,), (64 * 128 + 1,)).reshape(64, 128))
 
-    want = oracle.rms_norm(x[1:].reshape(64, 128), None, x[1:].reshape(64, 128))
+    rows = x[1:].reshape(64, 128)
+    want = oracle.rms_norm(rows, None, rows)
     oracle.assert_close(norm(x), want.y, what="y")
+    dx = jax.jit(jax.grad(lambda x: jnp.sum(norm(x) * rows, dtype=jnp.float32)))(x)[1:]
+    oracle.assert_close(dx.reshape(64, 128), want.dx, terms=want.dx_terms, what="dx")
 
 
 def test_no_rows():
