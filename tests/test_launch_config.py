@@ -84,7 +84,8 @@ def covered(config: dict[str, Any]) -> int:
 
 
 def per_sm(config: dict[str, Any], direction: str) -> int:
-    return max(1, MAX_THREADS[direction] // config["block"])
+    """Blocks that share an SM: one where it holds a ring of rows in shared memory."""
+    return 1 if config["stages"] else max(1, MAX_THREADS[direction] // config["block"])
 
 
 @settings(max_examples=300)

@@ -196,7 +196,8 @@ __device__ __forceinline__ uint4 LoadShared16(uint32_t address) {
   uint4 word;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)
-               : "r"(address));
+               : "r"(address)
+               : "memory");
   return word;
 }
 

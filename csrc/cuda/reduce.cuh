@@ -111,12 +111,13 @@ template <Scope kScope>
 class SplitRowSum {
   static constexpr unsigned kBuffers = 4;
   static constexpr int kBlockWarps = 16;
-  static constexpr int kSlots = kScope == Scope::kCluster ? kBlockWarps * kMaxCluster : kBlockWarps;
+  // In a block each row has its warps' sums at a multiple of four, zeros behind them: read four at a time.
+  static constexpr int kSums = kScope == Scope::kCluster ? kBlockWarps * kMaxCluster : 2 * kBlockWarps;
 
  public:
   struct Shared {
+    alignas(16) float sums[kBuffers][kSums];
     uint64_t barriers[kBuffers][kBlockWarps];  // one for each row of the block
-    float sums[kBuffers][kSlots];
   };
 
   // `slot`: which of the block's rows this thread works on. All threads of the block (cluster) must take
@@ -128,8 +129,13 @@ class SplitRowSum {
     warps_ = threads_per_row / 32;
     blocks_ = place.blocks;
     barriers_ = SharedAddress(&shared.barriers[0][slot]);
-    read_from_ = SharedAddress(&shared.sums[0][slot * warps_]);
-    write_to_ = SharedAddress(&shared.sums[0][place.rank * warps_ + threadIdx.x / 32]);
+    const int warp = (static_cast<int>(threadIdx.x) - slot * threads_per_row) / 32;
+    const int first = slot * ((warps_ + 3) / 4 * 4);
+    read_from_ = SharedAddress(&shared.sums[0][first]);
+    write_to_ = SharedAddress(&shared.sums[0][first + place.rank * warps_ + warp]);
+    for (int i = threadIdx.x; i < static_cast<int>(kBuffers) * kSums; i += blockDim.x) {
+      shared.sums[i / kSums][i % kSums] = 0.0f;
+    }
     leader_ = threadIdx.x == static_cast<unsigned>(slot * threads_per_row);
     if (leader_) {
       // In a cluster the sums themselves count, by their bytes.
@@ -156,8 +162,9 @@ class SplitRowSum {
       return;
     }
     const unsigned buffer = turn % kBuffers;
-    const uint32_t to = write_to_ + buffer * kSlots * sizeof(float);
+    const uint32_t to = write_to_ + buffer * kSums * sizeof(float);
     value = SumWarp(value);
+    if constexpr (kScope == Scope::kCluster) __syncwarp();  // all lanes have read before this warp hands in
     if constexpr (kScope == Scope::kCluster) {
 #if __CUDA_ARCH__ >= 900
       if (leader_) {
@@ -194,15 +201,22 @@ class SplitRowSum {
   __device__ __forceinline__ float Wait(unsigned turn) {
     if constexpr (kScope == Scope::kLanes) return turn == last_turn_ ? current_ : previous_;
     const unsigned buffer = turn % kBuffers;
-    WaitBarrier(Barrier(buffer), turn / kBuffers % 2);
-    const uint32_t from = read_from_ + buffer * kSlots * sizeof(float);
-    if constexpr (kScope == Scope::kBlock) {
-      const int warp = lane_ % kBlockWarps;
-      return SumLanes<kBlockWarps>(warp < warps_ ? LoadShared(from + warp * 4) : 0.0f);
-    }
+    const uint32_t from = read_from_ + buffer * kSums * sizeof(float);
     float value = 0.0f;
+    if constexpr (kScope == Scope::kBlock) {
+      if (lane_ == 0) {
+        WaitBarrier(Barrier(buffer), turn / kBuffers % 2);
+        for (int i = 0; i < warps_; i += 4) {
+          const uint4 four = LoadShared16(from + i * sizeof(float));
+          value += (__uint_as_float(four.x) + __uint_as_float(four.y)) +
+                   (__uint_as_float(four.z) + __uint_as_float(four.w));
+        }
+      }
+      return __shfl_sync(kFullMask, value, 0);
+    }
+    WaitBarrier(Barrier(buffer), turn / kBuffers % 2);
 #pragma unroll 1
-    for (int i = lane_; i < warps_ * blocks_; i += 32) value += LoadShared(from + i * 4);
+    for (int i = lane_; i < warps_ * blocks_; i += 32) value += LoadShared(from + i * sizeof(float));
     return SumWarp(value);
   }
 

@@ -1,5 +1,9 @@
 """Run under compute-sanitizer: every scope, forward and backward, aligned and not, and more groups of rows than
-there are blocks. Checks no values."""
+there are blocks. Checks no values.
+
+Operands come from the host by copies: initcheck, told to look at this project's kernels alone, takes what any other
+kernel writes for not written.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +17,19 @@ calls = 0
 for dtype in (jnp.bfloat16, jnp.float32):
     for hidden in HIDDEN:
         x = jnp.asarray(np.random.default_rng(hidden).standard_normal((21, hidden)), dtype)
-        gamma = jnp.ones(hidden, jnp.float32)
+        gamma = jnp.asarray(np.ones(hidden, np.float32))
         y, vjp = jax.vjp(jax_rmsnorm.rms_norm, x, gamma)
         jax.block_until_ready(vjp(y))
         calls += 1
 
 for hidden in (64, 100, 1024, 4096, 20_480):
-    groups = 150
+    groups = 290
     x = jnp.asarray(
         np.random.default_rng(hidden).standard_normal((groups, 3, hidden)), jnp.bfloat16
     )
-    y, vjp = jax.vjp(jax.vmap(jax_rmsnorm.rms_norm), x, jnp.ones((groups, hidden)))
+    y, vjp = jax.vjp(
+        jax.vmap(jax_rmsnorm.rms_norm), x, jnp.asarray(np.ones((groups, hidden), np.float32))
+    )
     jax.block_until_ready(vjp(y))
     calls += 1
 print(f"sanitized: {calls} calls")
