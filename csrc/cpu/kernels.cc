@@ -36,10 +36,6 @@ struct Whole {
   void Store(T* row, Floats values) const {
     JAX_RMSNORM_ISA::Store(row + column, values);
   }
-  template <typename T>
-  void Stream(T* row, Floats values) const {
-    JAX_RMSNORM_ISA::Stream(row + column, values);
-  }
 };
 
 struct Rest {
@@ -53,10 +49,6 @@ struct Rest {
   template <typename T>
   void Store(T* row, Floats values) const {
     StoreSome(row + column, values, count);
-  }
-  template <typename T>
-  void Stream(T* row, Floats values) const {
-    Store(row, values);
   }
 };
 
@@ -125,22 +117,10 @@ class Gamma {
   float* values_ = nullptr;  // not a std::vector, whose code would be shared between instruction sets
 };
 
-// Whether the rows of a result are best written past the caches: where it is larger than a usual last-level
-// cache's share for one tensor, and its rows begin where whole vectors can be written.
-template <typename T>
-bool ShouldStream(const Shape& shape, const void* result) {
-  constexpr int64_t kLargeBytes = 16 << 20;
-  constexpr int64_t kVectorBytes = kLanes * sizeof(T);
-  const int64_t row_bytes = shape.hidden * static_cast<int64_t>(sizeof(T));
-  return shape.groups * shape.rows * row_bytes >= kLargeBytes && row_bytes % kVectorBytes == 0 &&
-         reinterpret_cast<uintptr_t>(result) % kVectorBytes == 0;
-}
-
 template <typename X, typename Y, bool kRound>
 void ForwardRows(const ForwardArgs& args, int64_t first, int64_t last) {
   const int64_t hidden = args.shape.hidden;
   const float inverse_hidden = 1.0f / static_cast<float>(hidden);
-  const bool stream = ShouldStream<Y>(args.shape, args.y);
   Gamma gamma(args);
   for (int64_t row = first; row < last; ++row) {
     const X* x = static_cast<const X*>(args.x) + row * hidden;
@@ -155,11 +135,9 @@ void ForwardRows(const ForwardArgs& args, int64_t first, int64_t last) {
     ForColumns(0, hidden, [&](auto at) {
       Floats normalized = at.Load(x) * rrms;
       if constexpr (kRound) normalized = RoundTo<X>(normalized);
-      const Floats values = normalized * at.Load(g);
-      stream ? at.Stream(y, values) : at.Store(y, values);
+      at.Store(y, normalized * at.Load(g));
     });
   }
-  if (stream) FinishStreaming();
 }
 
 // One pass over memory: the second sweep over a row finds it in the cache.
@@ -167,7 +145,6 @@ template <typename X, typename D, bool kRound>
 void BackwardRows(const BackwardArgs& args, int64_t group, int64_t first, int64_t last, float* partial) {
   const int64_t hidden = args.shape.hidden;
   const float inverse_hidden = 1.0f / static_cast<float>(hidden);
-  const bool stream = ShouldStream<X>(args.shape, args.dx);
   Gamma gamma(args);
   const float* g = gamma.Row(group);
   if (partial != nullptr) std::memset(partial, 0, static_cast<size_t>(hidden) * sizeof(float));
@@ -186,11 +163,9 @@ void BackwardRows(const BackwardArgs& args, int64_t group, int64_t first, int64_
       if (partial != nullptr) {
         at.Store(partial, at.Load(partial) + dys * (kRound ? RoundTo<X>(normalized) : normalized));
       }
-      const Floats values = rrms * (dys * at.Load(g) - normalized * c);
-      stream ? at.Stream(dx, values) : at.Store(dx, values);
+      at.Store(dx, rrms * (dys * at.Load(g) - normalized * c));
     });
   }
-  if (stream) FinishStreaming();
 }
 
 void Forward(const ForwardArgs& args, int64_t first, int64_t last) {

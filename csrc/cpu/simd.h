@@ -66,12 +66,9 @@ inline float Sum(Floats values) {
 #endif
 }
 
-#if defined(__AVX512F__)
-inline Words WidenBits(Halves bits) { return (Words)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits); }
-inline Halves NarrowBits(Words bits) { return (Halves)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)bits); }
-#elif defined(__AVX2__)
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// GCC 12 makes a dozen instructions of these conversions. Narrowing is exact where every word is below 2^16.
 inline Words WidenBits(Halves bits) { return (Words)_mm256_cvtepu16_epi32((__m128i)bits); }
-// Exact where every word is below 2^16; GCC 12 makes a dozen instructions of the conversion.
 inline Halves NarrowBits(Words bits) {
   const __m256i words = (__m256i)bits;
   return (Halves)_mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
@@ -142,18 +139,6 @@ inline Floats Load(const float* from) {
 
 inline void Store(float* to, Floats values) { std::memcpy(to, &values, sizeof(values)); }
 
-// Past the caches, for a tensor too large to be found in them again: spares reading what is about to be
-// overwritten. `to` must be aligned to the vector's size.
-inline void Stream(float* to, Floats values) {
-#if defined(__AVX512F__)
-  _mm512_stream_ps(to, (__m512)values);
-#elif defined(__AVX2__)
-  _mm256_stream_ps(to, (__m256)values);
-#else
-  Store(to, values);
-#endif
-}
-
 template <typename T>
 inline Floats Load(const T* from) {
   Halves bits;
@@ -165,25 +150,6 @@ template <typename T>
 inline void Store(T* to, Floats values) {
   const Halves bits = Narrow(T{}, values);
   std::memcpy(to, &bits, sizeof(bits));
-}
-
-template <typename T>
-inline void Stream(T* to, Floats values) {
-  const Halves bits = Narrow(T{}, values);
-#if defined(__AVX512F__)
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)bits);
-#elif defined(__AVX2__)
-  _mm_stream_si128(reinterpret_cast<__m128i*>(to), (__m128i)bits);
-#else
-  std::memcpy(to, &bits, sizeof(bits));
-#endif
-}
-
-// Makes streamed values visible to other threads, before this one says that it is done.
-inline void FinishStreaming() {
-#if defined(__AVX2__)
-  _mm_sfence();
-#endif
 }
 
 // The first `count` lanes, 0 < count < kLanes; the others read as zero, and are not written.

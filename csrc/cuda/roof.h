@@ -11,7 +11,7 @@ namespace jax_rmsnorm {
 // Launch shapes that LaunchRoof knows; which one is the fastest differs between sizes and GPUs.
 constexpr int kRoofVariants = 8;
 
-// out = a, or a + b word by word where b is not null; `bytes` of each, a multiple of 16.
+// out = a, or a xor b where b is not null; `bytes` of each, a multiple of 16.
 cudaError_t LaunchRoof(const void* a, const void* b, void* out, int64_t bytes, int variant,
                        cudaStream_t stream);
 
