@@ -17,8 +17,7 @@ from jax.nn import initializers
 from jax.typing import DTypeLike
 
 from ._ops import rms_norm
-
-COVERED_DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
+from ._primitives.common import KERNEL_DTYPES
 
 _OPTIONS_FLAX_LACKS = {
     "zero_centered_gamma": (False,),
@@ -99,7 +98,7 @@ def why_not_covered(
         return f"x must not be empty along reduction_axes={module.reduction_axes}, got {x.shape}"
 
     for name, dtype in {"x": x.dtype, "scale": scale_dtype, "dtype": module.dtype}.items():
-        if dtype is not None and jnp.dtype(dtype) not in COVERED_DTYPES:
+        if dtype is not None and jnp.dtype(dtype) not in KERNEL_DTYPES:
             return f"{name} must be float32, bfloat16 or float16, got {jnp.dtype(dtype).name}"
     return None
 

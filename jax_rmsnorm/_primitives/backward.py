@@ -16,7 +16,7 @@ from jax.extend.core import Primitive
 from .. import _ffi, _reference
 from .._compat import apply_primitive, batching, is_static_dim, result_type
 from .._options import Options
-from .common import attributes, batch_size, batch_to_front, register_lowerings
+from .common import attributes, batch_size, register_lowerings
 
 backward_p = Primitive("rms_norm_backward")
 backward_p.multiple_results = True
@@ -84,7 +84,9 @@ def _target_attributes(*, options: Options) -> dict[str, Any]:
 def _batch(operands: Any, axes: Any, *, options: Options) -> Any:
     # Each example has a dgamma of its own, hence a gamma of its own: the batch becomes an axis of groups.
     size = batch_size(operands, axes)
-    batched = [batch_to_front(x, axis, size) for x, axis in zip(operands, axes, strict=True)]
+    batched = [
+        batching.bdim_at_front(x, axis, size) for x, axis in zip(operands, axes, strict=True)
+    ]
     results = backward_p.bind(*batched, options=options)
     return results, [0] * len(results)
 

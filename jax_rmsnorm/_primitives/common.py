@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import _ffi
-from .._compat import batching, mlir
+from .._compat import mlir
 from .._options import Options
 
 KERNEL_DTYPES = frozenset(map(np.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
@@ -72,10 +72,6 @@ def _no_kernel(platforms: Sequence[str]) -> str:
     )
 
 
-def batch_to_front(operand: jax.Array, axis: int | None, size: int) -> jax.Array:
-    """The operand with its batch axis first: moved there, or made by broadcasting."""
-    return batching.bdim_at_front(operand, axis, size)
-
-
 def batch_size(operands: Sequence[Any], axes: Sequence[int | None]) -> int:
+    """The length of the batch axis that `jax.vmap` gave to at least one operand."""
     return next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)

@@ -16,7 +16,7 @@ from jax.extend.core import Primitive
 from .. import _ffi, _reference
 from .._compat import apply_primitive, batching, result_type
 from .._options import Options
-from .common import attributes, batch_size, batch_to_front, register_lowerings
+from .common import attributes, batch_size, register_lowerings
 
 forward_p = Primitive("rms_norm_forward")
 forward_p.multiple_results = True
@@ -55,13 +55,13 @@ def _target_attributes(*, options: Options, save_rrms: bool) -> dict[str, Any]:
 
 def _batch(operands: Any, axes: Any, *, options: Options, save_rrms: bool) -> Any:
     size = batch_size(operands, axes)
-    x = batch_to_front(operands[0], axes[0], size)
+    x = batching.bdim_at_front(operands[0], axes[0], size)
     gamma = None
     if len(operands) == 2:
         gamma, gamma_axis = operands[1], axes[1]
         # Without groups of its own, an unbatched gamma serves the whole batch: rows are rows.
         if gamma_axis is not None or gamma.ndim > 1:
-            gamma = batch_to_front(gamma, gamma_axis, size)
+            gamma = batching.bdim_at_front(gamma, gamma_axis, size)
     results = forward(x, gamma, options, save_rrms=save_rrms)
     return results, [0] * len(results)
 
