@@ -26,7 +26,12 @@ from jax_rmsnorm.cli._bench.shapes import Case
 from jax_rmsnorm.cli._errors import OptionError
 
 FAST = dataclasses.replace(
-    timing.PLANS["cpu"], seconds=1e-3, min_rounds=3, max_rounds=3, budget_seconds=0.0
+    timing.PLANS["cpu"],
+    seconds=1e-3,
+    sample_seconds=2e-3,
+    min_rounds=3,
+    max_rounds=3,
+    budget_seconds=0.0,
 )
 SEVERAL_SETS = dataclasses.replace(FAST, min_sets=3, max_sets=3, chain_calls=3)
 TINY = ("--shapes", "8x96", "600x64", "--dtypes", "bfloat16/float32")

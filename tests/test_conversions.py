@@ -17,6 +17,8 @@ from jax_rmsnorm._primitives import backward, forward
 HALVES = pytest.mark.parametrize("half", [jnp.bfloat16, jnp.float16])
 SMALLEST_NORMAL = np.finfo(np.float32).tiny
 ROWS = pytest.mark.parametrize("hidden", [2**16, 7], ids=["full vectors", "tails"])
+# The kernels have one way for bfloat16 alone, and another beside wider or narrower operands.
+ALONE = pytest.mark.parametrize("alone", [False, True], ids=["beside float32", "alone"])
 
 
 @pytest.fixture(autouse=True)
@@ -65,12 +67,14 @@ def test_gamma_in(half, hidden):
 
 @ROWS
 @HALVES
+@ALONE
 @pytest.mark.parametrize("operand", ["x", "dy"])
-def test_x_and_dy_in(operand, half, hidden):
+def test_x_and_dy_in(operand, alone, half, hidden):
     """dgamma of one row is the product of x, its reciprocal RMS and dy: here of one number and ones."""
     values = jnp.asarray(grouped(all_halves(half), hidden))[:, None]
     ones = jnp.ones(values.shape, jnp.float32)
-    x, dy = (values, ones) if operand == "x" else (ones, values)
+    other = ones.astype(half) if alone else ones
+    x, dy = (values, other) if operand == "x" else (other, values)
     _, dgamma = backward(x, ones[:, 0], ones[..., 0], dy, options())
     assert_equal(dgamma, np.float32(0) + flushed(np.asarray(values)))  # a sum from zero: no -0
 
@@ -91,9 +95,10 @@ def floats_between(half) -> np.ndarray:
 
 @ROWS
 @HALVES
-def test_y_out(half, hidden):
+@ALONE
+def test_y_out(alone, half, hidden):
     gamma = grouped(floats_between(half), hidden)
-    ones = jnp.ones((len(gamma), 1, hidden), jnp.float32)
+    ones = jnp.ones((len(gamma), 1, hidden), half if alone else jnp.float32)
     (y,) = forward(ones, gamma, options(half), save_rrms=False)
     assert_equal(y, gamma.astype(half))
 
@@ -110,13 +115,25 @@ def test_dx_and_dgamma_out(half):
     assert_equal(dgamma, (np.float32(0) + values).astype(half))
 
 
+@ROWS
 @HALVES
+def test_dx_out_of_halves(half, hidden):
+    values = floats_between(half)
+    gamma = grouped(values[np.isfinite(values)], hidden)
+    zeros = jnp.zeros((len(gamma), 1, hidden), half)
+    dx, _ = backward(zeros, gamma, jnp.ones((len(gamma), 1)), jnp.ones_like(zeros), options())
+    assert_equal(dx, gamma.astype(half))
+
+
+@HALVES
+@ALONE
 @pytest.mark.parametrize("rrms", [0.7, 1.2345678, 3e-3, 512.0])
-def test_rounding_before_gamma(half, rrms):
+def test_rounding_before_gamma(alone, half, rrms):
     """The normalised value's round trip through x's dtype, seen through dgamma."""
     x = all_halves(half)
     ones = jnp.ones((1, x.size), jnp.float32)
+    dy = ones.astype(half) if alone else ones
     opts = options(rounding="before_gamma")
-    _, dgamma = backward(x[None], ones[0], np.float32([rrms]), ones, opts)
+    _, dgamma = backward(x[None], ones[0], np.float32([rrms]), dy, opts)
     rounded = flushed(flushed(x) * np.float32(rrms)).astype(half)
     assert_equal(dgamma, np.float32(0) + rounded.astype(np.float32))

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 cuda = pytest.importorskip("jax_rmsnorm._cuda", reason="the CUDA module is not part of this build")
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
-MAX_THREADS = {"forward": 1024, "backward": 512}
+MAX_THREADS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Case:
     rows: int
     x: str
     dy: str
-    aligned: bool
+    alignment: str
     groups: int
     partial_rows: int
     sm_count: int
@@ -51,8 +51,8 @@ def cases(draw: st.DrawFn) -> Case:
     hidden = draw(
         st.one_of(st.integers(1, 300_000), st.integers(1, 2048), st.sampled_from([65_536, 131_072]))
     )
-    aligned = draw(st.booleans())
-    if aligned:
+    alignment = draw(st.sampled_from(["rows", "tensors", "none"]))
+    if alignment == "rows":
         hidden += -hidden % (16 // min(SIZES[x], SIZES[dy]))
     sm_count = draw(st.sampled_from([1, 8, 20, 66, 108, 132, 148, 170]))
     return Case(
@@ -60,7 +60,7 @@ def cases(draw: st.DrawFn) -> Case:
         draw(st.one_of(st.integers(1, 100), st.integers(1, 2**33))),
         x,
         dy,
-        aligned,
+        alignment,
         draw(st.sampled_from([1, 1, 2, 7, 1000, 100_000])),
         draw(st.integers(1, 2048)),
         sm_count,
@@ -70,7 +70,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-MAPPING = ("scope", "width", "packets", "threads_per_row", "block", "cluster")
+MAPPING = ("scope", "width", "packets", "threads_per_row", "cluster")
 
 
 def mapping(config: dict[str, Any]) -> dict[str, Any]:
@@ -83,31 +83,54 @@ def covered(config: dict[str, Any]) -> int:
     return config["width"] * config["packets"] * config["threads_per_row"] * config["cluster"]
 
 
-def per_sm(config: dict[str, Any], direction: str) -> int:
-    """Blocks that share an SM: one where it holds a ring of rows in shared memory."""
-    return 1 if config["stages"] else max(1, MAX_THREADS[direction] // config["block"])
+def packet(case: Case, direction: str) -> int:
+    """Elements that 16 bytes of the narrower operand hold."""
+    narrow = min(SIZES[case.x], SIZES[case.dy]) if direction == "backward" else SIZES[case.x]
+    return 16 // narrow
+
+
+def kernel(config: dict[str, Any]) -> str:
+    if config["scope"] == "loop":
+        return "loop"
+    return "ring" if config["ring"] else "few" if config["few"] else "plain"
 
 
 @settings(max_examples=300)
 @given(cases())
 def test_the_row_fits(case):
     for direction, config in case.both().items():
-        narrow = min(SIZES[case.x], SIZES[case.dy]) if direction == "backward" else SIZES[case.x]
-        assert config["width"] == (16 // narrow if case.aligned else 1)
-        assert case.hidden % config["width"] == 0
-        if config["scope"] != "loop":
-            assert covered(config) >= case.hidden
-        else:
+        assert config["aligned"] == (case.alignment == "rows")
+        wide = config["scope"] != "loop" or config["aligned"]
+        assert config["width"] == (packet(case, direction) if wide else 1)
+        if config["scope"] == "loop":
             assert config["cluster"] == 1
+        else:
+            # Unaligned rows may reach into one packet more.
+            extra = 0 if config["aligned"] else config["width"] - 1
+            assert covered(config) >= case.hidden + extra
+
+
+@settings(max_examples=300)
+@given(cases())
+def test_kernel(case):
+    """Only persistent blocks take rows that are not aligned, leave SMs alone or share a row."""
+    for direction, config in case.both().items():
+        if case.alignment == "none":
+            assert kernel(config) == "loop"
+        if kernel(config) in ("few", "plain"):
+            assert config["aligned"]
+            assert config["cluster"] == 1
+            assert case.margin == 0
+            assert kernel(config) == ("few" if direction == "backward" else "plain")
 
 
 @settings(max_examples=300)
 @given(cases())
 def test_threads(case):
-    for direction, config in case.both().items():
+    for config in case.both().values():
         block, threads = config["block"], config["threads_per_row"]
         assert block % 32 == 0
-        assert 32 <= block <= MAX_THREADS[direction]
+        assert 32 <= block <= MAX_THREADS
         assert block % threads == 0
         if config["scope"] == "lanes":
             assert threads in (1, 2, 4, 8, 16, 32)
@@ -131,33 +154,35 @@ def test_the_mapping_depends_on_the_row_alone(case, other):
     for direction, config in case.both().items():
         changed = case.both(**changes)[direction]
         assert mapping(config) == mapping(changed)
-        assert config["stages"] == changed["stages"]
 
 
 @settings(max_examples=300)
 @given(cases())
 def test_grid(case):
-    """No more blocks than there is work for, nor than the SMs that are not left to others hold at once."""
+    """No more blocks than there is work for; persistent ones: no more than SMs that are not left to others."""
     usable = case.sm_count - case.margin
     for direction, config in case.both().items():
         slots = config["block"] // config["threads_per_row"]
         clusters = config["grid"] // config["cluster"]
-        # The forward interface has one group; without a margin its blocks are left to the hardware's scheduler.
+        # The forward interface has one group.
         groups = case.groups if direction == "backward" else 1
-        items = groups * -(-case.rows // slots)
-        assert clusters <= items
-        persistent = direction == "backward" or case.margin > 0
-        if persistent:
-            resident = max(config["cluster"], usable * per_sm(config, direction))
-            assert config["grid"] <= resident
-        else:
-            assert clusters == min(items, (2**31 - 1) // config["cluster"])
+        rows = -(-groups * case.rows // slots)
+        if kernel(config) == "few":
+            assert clusters == groups * config["tiles"] + rows
+        elif kernel(config) == "plain" or (direction == "forward" and case.margin == 0):
+            assert clusters == min(rows, 2**31 - 1) or kernel(config) == "ring"
+        if kernel(config) == "ring" or case.margin > 0:
+            assert config["grid"] <= max(config["cluster"], usable)
+            assert clusters <= groups * -(-case.rows // slots)
 
 
 @settings(max_examples=300)
 @given(cases())
 def test_partials(case):
     config = case.backward()
+    if config["few"]:
+        assert config["tiles"] * 8 * config["width"] >= case.hidden
+        return
     slots = config["block"] // config["threads_per_row"]
     blocks = config["blocks_per_group"]
     assert 1 <= blocks <= min(case.partial_rows, -(-case.rows // slots))
@@ -167,28 +192,38 @@ def test_partials(case):
 @settings(max_examples=300)
 @given(cases())
 def test_shared_memory(case):
-    config = case.backward()
-    assert case.forward()["shared_memory"] == 0
-    on_one_sm = per_sm(config, "backward")
-    # The limit of one block is about all that an SM has, which the blocks on it share.
-    assert on_one_sm * config["shared_memory"] <= case.shared_memory
-    stage = config["block"] * config["packets"] * config["width"] * (SIZES[case.x] + SIZES[case.dy])
-    assert config["stages"] == 0 or config["stages"] >= 2
-    assert config["shared_memory"] >= config["stages"] * stage
-    if not case.aligned or config["scope"] == "loop":
-        assert config["stages"] == 0
+    for direction, config in case.both().items():
+        assert config["shared_memory"] <= config["most_shared_memory"] < case.shared_memory
+        slots = config["block"] // config["threads_per_row"]
+        if not config["ring"]:
+            assert config["shared_memory"] == 0
+            continue
+        sizes = SIZES[case.x] + (SIZES[case.dy] if direction == "backward" else 0)
+        row = config["block"] * config["packets"] * config["width"] * sizes
+        assert config["shared_memory"] >= 3 * row
+        if direction == "backward" and slots > 1:
+            assert config["shared_memory"] >= 4 * slots * case.hidden
 
 
 @settings(max_examples=300)
 @given(cases())
-@example(Case(2048 * 8 + 8, 1, "bfloat16", "bfloat16", True, 1, 1, 132, 232_448, 16, 0))
+def test_few_rows_stay_in_the_cache(case):
+    config = case.backward()
+    if config["few"]:
+        assert case.groups * case.rows * case.hidden * SIZES[case.x] <= 4 << 20
+        assert config["block"] >= 8 * config["width"]
+
+
+@settings(max_examples=300)
+@given(cases())
+@example(Case(2048 * 8 + 8, 1, "bfloat16", "bfloat16", "rows", 1, 1, 132, 232_448, 16, 0))
 def test_no_cliff(case):
     """Threads do at most about twice the work that the row needs; whole warps are the granularity."""
     for config in case.both().values():
         if config["scope"] == "loop":
             continue
         granularity = config["width"] * config["packets"] * 32 * config["cluster"]
-        assert covered(config) < 2 * case.hidden + granularity
+        assert covered(config) < 2 * (case.hidden + config["width"]) + granularity
 
 
 @settings(max_examples=100)
@@ -200,7 +235,12 @@ def test_neighbours_are_alike(hidden, aligned, dtype, max_cluster):
     step = 16 // SIZES[dtype] if aligned else 1
     hidden += -hidden % step
     for configure in (cuda.forward_config, cuda.backward_config):
-        options = {"rows": 1000, "x": dtype, "aligned": aligned, "max_cluster": max_cluster}
+        options = {
+            "rows": 1000,
+            "x": dtype,
+            "alignment": "rows" if aligned else "tensors",
+            "max_cluster": max_cluster,
+        }
         if configure is cuda.backward_config:
             options["dy"] = dtype
         here, there = (configure(hidden=h, **options) for h in (hidden, hidden + step))

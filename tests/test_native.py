@@ -53,6 +53,22 @@ def test_right_calls():
     assert np.all(backward([X, ROWS, (F32, 6, 8)], [X])[0] == 0)
 
 
+@pytest.mark.parametrize(
+    ("rows", "hidden", "rows_per_task"),
+    [(16, 2**16, 1), (64, 2**15, 2), (1600, 2**10, 40), (16, 2**12, 8), (100, 2**6, 100)],
+)
+def test_partial_rows(rows, hidden, rows_per_task):
+    """A task and its partial row for each of few long rows, the square root of their number for many, of short rows
+    enough to be worth a task: on any number of threads."""
+    x, gamma = (F32, rows, hidden), (F32, hidden)
+    tasks = rows // rows_per_task
+    _, dgamma, partials = backward([x, (F32, rows), x, gamma], [x, gamma, (F32, tasks, hidden)])
+    assert np.all(partials == rows_per_task)
+    assert np.all(dgamma == rows)
+    _, _, partials = backward([x, (F32, rows), x, gamma], [x, gamma, (F32, rows, hidden)])
+    assert np.all(partials[:tasks] == rows_per_task)
+
+
 FORWARD_ERRORS = [
     ([(F32,), GAMMA], [X], "x must end in an axis of one element or more"),
     ([X, (F32, 7)], [X], "gamma must begin with x's first axes and end in x's last one"),

@@ -2,10 +2,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <condition_variable>
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <thread>
 
 #include "../ffi_util.h"
 #include "kernels.h"
@@ -15,20 +17,29 @@ namespace {
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Elements a task, and elements below which all of them are one: enough work to pay for waking another
-// thread.
+// Elements that a task has at the least, and elements that a forward does at once: enough work to pay for
+// another thread. The backward's are more work each.
 constexpr int64_t kTaskElements = 32 * 1024;
 constexpr int64_t kSerialElements = 128 * 1024;
 
-// Rows that make a task, out of `rows` in all.
+// How often the caller looks for the end of the last tasks before it sleeps: waking up takes as long.
+constexpr int kYields = 100;
+
+// About how many tasks there are at the least where rows are long enough: work for the cores of most
+// machines.
+constexpr int64_t kFewTasks = 32;
+
+// Rows that make a task, out of `rows` in all: of many, as many as there are tasks then. The backward sums
+// dgamma over the rows of a task first and then over the tasks, which together are fewest so.
 int64_t RowsPerTask(int64_t rows, int64_t hidden) {
-  if (rows * hidden <= kSerialElements) return std::max<int64_t>(1, rows);
-  return std::max<int64_t>(1, kTaskElements / hidden);
+  const auto root = static_cast<int64_t>(std::ceil(std::sqrt(static_cast<double>(rows))));
+  return std::max<int64_t>({1, std::min(root, CeilDiv(rows, kFewTasks)), kTaskElements / hidden});
 }
 
 // Runs run(0), ..., run(tasks - 1) on XLA's threads and on this one. This thread takes tasks like the others
 // and waits only for those under way, so that it comes to an end also where it is the pool's only free
-// thread.
+// thread. It begins at the front and they at the back: of two threads, each meets the rows of the last call
+// again, which its cache may hold.
 void ParallelFor(ffi::ThreadPool& pool, int64_t tasks, const std::function<void(int64_t)>& run) {
   const int64_t helpers = std::min(pool.num_threads(), tasks) - 1;
   if (helpers <= 0) {
@@ -36,24 +47,26 @@ void ParallelFor(ffi::ThreadPool& pool, int64_t tasks, const std::function<void(
     return;
   }
   struct State {
-    std::atomic<int64_t> next{0};
-    int64_t done = 0;
+    std::atomic<int64_t> taken{0}, from_back{0}, done{0};
     std::mutex mutex;
     std::condition_variable all_done;
   };
   const auto state = std::make_shared<State>();  // a thread may come when all is over and the caller gone
-  const auto work = [state, tasks, &run] {
+  const auto help = [state, tasks, &run] {
     int64_t finished = 0;
-    for (int64_t task; (task = state->next.fetch_add(1)) < tasks; ++finished) run(task);
-    if (finished == 0) return;
+    for (; state->taken.fetch_add(1) < tasks; ++finished) run(tasks - 1 - state->from_back.fetch_add(1));
+    if (finished == 0 || state->done.fetch_add(finished) + finished < tasks) return;
     const std::lock_guard<std::mutex> lock(state->mutex);
-    state->done += finished;
-    if (state->done == tasks) state->all_done.notify_one();
+    state->all_done.notify_one();
   };
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::function<void()>(work));
-  work();
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::function<void()>(help));
+  int64_t finished = 0;
+  for (; state->taken.fetch_add(1) < tasks; ++finished) run(finished);
+  state->done += finished;
+  const auto all_done = [&] { return state->done == tasks; };
+  for (int i = 0; i < kYields && !all_done(); ++i) std::this_thread::yield();
   std::unique_lock<std::mutex> lock(state->mutex);
-  state->all_done.wait(lock, [&] { return state->done == tasks; });
+  state->all_done.wait(lock, all_done);
 }
 
 ffi::Error Forward(ffi::AnyBuffer x, OptionalArg gamma, ffi::Result<ffi::AnyBuffer> y, OptionalRet rrms,
@@ -63,7 +76,8 @@ ffi::Error Forward(ffi::AnyBuffer x, OptionalArg gamma, ffi::Result<ffi::AnyBuff
   JAX_RMSNORM_RETURN_IF_ERROR(
       DecodeForward(x, gamma, y, rrms, {eps, zero_centered_gamma, round_before_gamma}, &args));
   const int64_t rows = args.shape.groups * args.shape.rows;
-  const int64_t rows_per_task = RowsPerTask(rows, args.shape.hidden);
+  const bool serial = rows * args.shape.hidden <= kSerialElements;
+  const int64_t rows_per_task = serial ? std::max<int64_t>(1, rows) : RowsPerTask(rows, args.shape.hidden);
   const CpuKernels& kernels = ActiveKernels();
   ParallelFor(pool, CeilDiv(rows, rows_per_task), [&](int64_t task) {
     kernels.forward(args, task * rows_per_task, std::min(rows, (task + 1) * rows_per_task));

@@ -3,9 +3,10 @@
 #include "kernels.h"
 
 #include <cmath>
-#include <cstring>
+#include <new>
+#include <type_traits>
 
-#include "simd.h"
+#include "elements.h"
 
 namespace jax_rmsnorm {
 namespace JAX_RMSNORM_ISA {
@@ -24,7 +25,19 @@ void WithType(DType dtype, F&& f) {
   }
 }
 
-// Where in a row a loop is: a whole vector, or what is left of the row after the last one.
+// Calls f(X{}, Y{}) likewise.
+template <typename F>
+void WithTypes(DType x_dtype, DType y_dtype, F&& f) {
+  if (x_dtype == DType::kBF16 && y_dtype == DType::kBF16) return f(PureBFloat16{}, PureBFloat16{});
+  WithType(x_dtype, [&](auto x) {
+    WithType(y_dtype, [&](auto y) {
+      constexpr bool kPure = std::is_same_v<decltype(x), BFloat16> && std::is_same_v<decltype(y), BFloat16>;
+      if constexpr (!kPure) f(x, y);
+    });
+  });
+}
+
+// Where in a row a loop is: a whole step, or what is left of the row after the last one.
 struct Whole {
   int64_t column;
 
@@ -52,80 +65,96 @@ struct Rest {
   }
 };
 
-// Calls body(at) for each vector of the columns [first, last).
+// Calls body(at) for each step of the columns [first, last).
 template <typename Body>
 inline void ForColumns(int64_t first, int64_t last, Body&& body) {
   int64_t column = first;
-  for (; column + kLanes <= last; column += kLanes) body(Whole{column});
+  for (; column + kStep <= last; column += kStep) body(Whole{column});
   if (column < last) body(Rest{column, last - column});
 }
+
+// Where a row of float32 that takes part in a loop over T has its values in the order of Load<T> within each
+// step, and the last step whole; else it is like any other row, and may be used in place.
+template <typename T>
+constexpr bool kRearranged = std::is_same_v<T, PureBFloat16>;
+
+template <typename T, typename At>
+inline Floats LoadFloats(At at, const float* row) {
+  if constexpr (kRearranged<T>) return Load(row + at.column);
+  return at.Load(row);
+}
+
+template <typename T, typename At>
+inline void StoreFloats(At at, float* row, Floats values) {
+  if constexpr (kRearranged<T>) return Store(row + at.column, values);
+  at.Store(row, values);
+}
+
+// Such a row for as long as a task takes. Not a std::vector, whose code would be shared between instruction
+// sets.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { operator delete[](values_, kAlignment); }
+
+  float* Row(int64_t hidden) {
+    if (values_ == nullptr) values_ = new (kAlignment) float[static_cast<size_t>(hidden + kStep)];
+    return values_;
+  }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  float* values_ = nullptr;
+};
 
 // The sum over a row of term(at), in several independent chains: one alone would wait for each addition.
 template <typename Term>
 inline float SumColumns(int64_t hidden, Term&& term) {
-  constexpr int kChains = 4;
-  Floats sums[kChains] = {};
+  Floats even = {}, odd = {};
   int64_t column = 0;
-  for (; column + kChains * kLanes <= hidden; column += kChains * kLanes) {
-    for (int chain = 0; chain < kChains; ++chain) sums[chain] += term(Whole{column + chain * kLanes});
+  for (; column + 2 * kStep <= hidden; column += 2 * kStep) {
+    even = even + term(Whole{column});
+    odd = odd + term(Whole{column + kStep});
   }
-  ForColumns(column, hidden, [&](auto at) { sums[0] += term(at); });
-  return Sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  ForColumns(column, hidden, [&](auto at) { even = even + term(at); });
+  return Sum(even + odd);
 }
 
-// gamma as float32, one where there is none: in place where it is that already, else converted once for many
-// rows.
-class Gamma {
- public:
-  template <typename Args>
-  explicit Gamma(const Args& args)
-      : gamma_(args.gamma),
-        dtype_(args.gamma_dtype),
-        hidden_(args.shape.hidden),
-        zero_centered_(args.arithmetic.zero_centered_gamma) {}
-
-  Gamma(const Gamma&) = delete;
-  Gamma& operator=(const Gamma&) = delete;
-  ~Gamma() { delete[] values_; }
-
-  const float* Row(int64_t group) {
-    if (group == group_) return row_;
-    group_ = group;
-    if (gamma_ != nullptr && dtype_ == DType::kF32 && !zero_centered_) {
-      return row_ = static_cast<const float*>(gamma_) + group * hidden_;
-    }
-    if (values_ == nullptr) values_ = new float[static_cast<size_t>(hidden_)];
-    if (gamma_ == nullptr) {
-      for (int64_t i = 0; i < hidden_; ++i) values_[i] = 1.0f;
-    } else {
-      WithType(dtype_, [&](auto tag) {
-        const auto* from = static_cast<const decltype(tag)*>(gamma_) + group * hidden_;
-        const Floats center = Broadcast(zero_centered_ ? 1.0f : -0.0f);
-        ForColumns(0, hidden_, [&](auto at) { at.Store(values_, at.Load(from) + center); });
-      });
-    }
-    return row_ = values_;
+// One group's gamma, or ones where there is none: in place where that will do.
+template <typename T, typename Args>
+const float* GammaRow(const Args& args, int64_t group, Scratch* scratch) {
+  const int64_t hidden = args.shape.hidden;
+  const bool zero_centered = args.arithmetic.zero_centered_gamma;
+  if (!kRearranged<T> && args.gamma != nullptr && args.gamma_dtype == DType::kF32 && !zero_centered) {
+    return static_cast<const float*>(args.gamma) + group * hidden;
   }
-
- private:
-  const void* gamma_;
-  DType dtype_;
-  int64_t hidden_;
-  bool zero_centered_;
-  int64_t group_ = -1;
-  const float* row_ = nullptr;
-  float* values_ = nullptr;  // not a std::vector, whose code would be shared between instruction sets
-};
+  float* row = scratch->Row(hidden);
+  if (args.gamma == nullptr) {
+    ForColumns(0, hidden, [&](auto at) { StoreFloats<T>(at, row, Broadcast(1.0f)); });
+    return row;
+  }
+  const Floats center = Broadcast(zero_centered ? 1.0f : -0.0f);
+  WithType(args.gamma_dtype, [&](auto tag) {
+    const auto* gamma = static_cast<const decltype(tag)*>(args.gamma) + group * hidden;
+    ForColumns(0, hidden, [&](auto at) { StoreFloats<T>(at, row, ToOrderOf<T>(at.Load(gamma) + center)); });
+  });
+  return row;
+}
 
 template <typename X, typename Y, bool kRound>
 void ForwardRows(const ForwardArgs& args, int64_t first, int64_t last) {
   const int64_t hidden = args.shape.hidden;
   const float inverse_hidden = 1.0f / static_cast<float>(hidden);
-  Gamma gamma(args);
+  Scratch scratch;
+  const float* gamma = nullptr;
   for (int64_t row = first; row < last; ++row) {
+    if (row == first || row % args.shape.rows == 0) {
+      gamma = GammaRow<X>(args, row / args.shape.rows, &scratch);
+    }
     const X* x = static_cast<const X*>(args.x) + row * hidden;
     Y* y = static_cast<Y*>(args.y) + row * hidden;
-    const float* g = gamma.Row(row / args.shape.rows);
     const float sum = SumColumns(hidden, [&](auto at) {
       const Floats values = at.Load(x);
       return values * values;
@@ -135,60 +164,72 @@ void ForwardRows(const ForwardArgs& args, int64_t first, int64_t last) {
     ForColumns(0, hidden, [&](auto at) {
       Floats normalized = at.Load(x) * rrms;
       if constexpr (kRound) normalized = RoundTo<X>(normalized);
-      at.Store(y, normalized * at.Load(g));
+      at.Store(y, normalized * LoadFloats<X>(at, gamma));
     });
   }
 }
 
+// What the backward of a row does for dgamma: nothing, or add the products of dy and the normalised row,
+// which may have been rounded to x's dtype.
+enum class DGamma { kNone, kPlain, kRounded };
+
 // One pass over memory: the second sweep over a row finds it in the cache.
-template <typename X, typename D, bool kRound>
+template <typename X, typename D, DGamma kDGamma>
 void BackwardRows(const BackwardArgs& args, int64_t group, int64_t first, int64_t last, float* partial) {
   const int64_t hidden = args.shape.hidden;
   const float inverse_hidden = 1.0f / static_cast<float>(hidden);
-  Gamma gamma(args);
-  const float* g = gamma.Row(group);
-  if (partial != nullptr) std::memset(partial, 0, static_cast<size_t>(hidden) * sizeof(float));
+  Scratch gamma_scratch, dgamma_scratch;
+  const float* gamma = GammaRow<X>(args, group, &gamma_scratch);
+  float* dgamma = partial;
+  if constexpr (kDGamma != DGamma::kNone) {
+    if constexpr (kRearranged<X>) dgamma = dgamma_scratch.Row(hidden);
+    ForColumns(0, hidden, [&](auto at) { StoreFloats<X>(at, dgamma, Broadcast(0.0f)); });
+  }
   for (int64_t row = first; row < last; ++row) {
     const int64_t index = group * args.shape.rows + row;
     const X* x = static_cast<const X*>(args.x) + index * hidden;
     const D* dy = static_cast<const D*>(args.dy) + index * hidden;
     X* dx = static_cast<X*>(args.dx) + index * hidden;
     const float rrms = args.rrms[index];
-    const float sum =
-        SumColumns(hidden, [&](auto at) { return (at.Load(dy) * at.Load(g)) * (at.Load(x) * rrms); });
+    const float sum = SumColumns(
+        hidden, [&](auto at) { return (at.Load(dy) * LoadFloats<X>(at, gamma)) * (at.Load(x) * rrms); });
     const float c = sum * inverse_hidden;
     ForColumns(0, hidden, [&](auto at) {
       const Floats normalized = at.Load(x) * rrms;
       const Floats dys = at.Load(dy);
-      if (partial != nullptr) {
-        at.Store(partial, at.Load(partial) + dys * (kRound ? RoundTo<X>(normalized) : normalized));
+      if constexpr (kDGamma != DGamma::kNone) {
+        const Floats factor = kDGamma == DGamma::kRounded ? RoundTo<X>(normalized) : normalized;
+        StoreFloats<X>(at, dgamma, LoadFloats<X>(at, dgamma) + dys * factor);
       }
-      at.Store(dx, rrms * (dys * at.Load(g) - normalized * c));
+      at.Store(dx, (dys * LoadFloats<X>(at, gamma) - normalized * c) * rrms);
     });
+  }
+  if constexpr (kDGamma != DGamma::kNone && kRearranged<X>) {
+    ForColumns(0, hidden, [&](auto at) { at.Store(partial, FromOrderOf<X>(LoadFloats<X>(at, dgamma))); });
   }
 }
 
 void Forward(const ForwardArgs& args, int64_t first, int64_t last) {
-  WithType(args.x_dtype, [&](auto x) {
-    WithType(args.y_dtype, [&](auto y) {
-      if (args.arithmetic.round_before_gamma) {
-        ForwardRows<decltype(x), decltype(y), true>(args, first, last);
-      } else {
-        ForwardRows<decltype(x), decltype(y), false>(args, first, last);
-      }
-    });
+  WithTypes(args.x_dtype, args.y_dtype, [&](auto x, auto y) {
+    if (args.arithmetic.round_before_gamma) {
+      ForwardRows<decltype(x), decltype(y), true>(args, first, last);
+    } else {
+      ForwardRows<decltype(x), decltype(y), false>(args, first, last);
+    }
   });
 }
 
 void Backward(const BackwardArgs& args, int64_t group, int64_t first, int64_t last, float* partial) {
-  WithType(args.x_dtype, [&](auto x) {
-    WithType(args.dy_dtype, [&](auto dy) {
-      if (args.arithmetic.round_before_gamma) {
-        BackwardRows<decltype(x), decltype(dy), true>(args, group, first, last, partial);
-      } else {
-        BackwardRows<decltype(x), decltype(dy), false>(args, group, first, last, partial);
-      }
-    });
+  WithTypes(args.x_dtype, args.dy_dtype, [&](auto x, auto dy) {
+    using X = decltype(x);
+    using D = decltype(dy);
+    if (partial == nullptr) {
+      BackwardRows<X, D, DGamma::kNone>(args, group, first, last, partial);
+    } else if (args.arithmetic.round_before_gamma) {
+      BackwardRows<X, D, DGamma::kRounded>(args, group, first, last, partial);
+    } else {
+      BackwardRows<X, D, DGamma::kPlain>(args, group, first, last, partial);
+    }
   });
 }
 
@@ -199,7 +240,7 @@ void Finish(const BackwardArgs& args, int64_t group, int64_t count, int64_t firs
     auto* dgamma = static_cast<decltype(tag)*>(args.dgamma) + group * hidden;
     ForColumns(first, last, [&](auto at) {
       Floats total = {};
-      for (int64_t row = 0; row < count; ++row) total += at.Load(partials + row * hidden);
+      for (int64_t row = 0; row < count; ++row) total = total + at.Load(partials + row * hidden);
       at.Store(dgamma, total);
     });
   });

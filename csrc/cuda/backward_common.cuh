@@ -6,53 +6,75 @@
 #include "launch.h"
 #include "packet.cuh"
 #include "reduce.cuh"
+#include "unaligned.cuh"
 
 namespace jax_rmsnorm {
 
 struct BackwardParams {
   BackwardArgs args;
+  float inverse_hidden;
   int threads_per_row;
-  int stages;
   int64_t blocks_per_group;
+  int64_t tiles;  // of dgamma, in a group, where BackwardFewKernel works
 };
 
-template <int kSize>
-__device__ __forceinline__ void LoadGamma(const BackwardArgs& args, int64_t offset, float (&gamma)[kSize]) {
-  LoadGamma(args.gamma, args.gamma_dtype, args.arithmetic.zero_centered_gamma, offset, gamma);
+// A thread's part of the sum over a row of dy * gamma * x, and dgamma += dy * x * rrms.
+template <typename T, int kSize>
+__device__ __forceinline__ float Accumulate(const float (&x)[kSize], const float (&dy)[kSize],
+                                            const float (&gamma)[kSize], float rrms, bool round_before_gamma,
+                                            float (&dgamma)[kSize]) {
+  float sums[2] = {};  // chains of additions, which wait for one another
+  if (round_before_gamma) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      sums[i % 2] += dy[i] * x[i] * gamma[i];
+      dgamma[i] += dy[i] * ToFloat(FromFloat<T>(x[i] * rrms));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      const float product = dy[i] * x[i];
+      sums[i % 2] += product * gamma[i];
+      dgamma[i] += product * rrms;
+    }
+  }
+  return sums[0] + sums[1];
 }
 
-// A block's part of dgamma at kSize columns: into its partial row, or into dgamma itself where the group has
-// no other block. `group` and `block` count from 0.
+// -rrms^3 * mean, without a cube of rrms, which may be too small for float32 where the product is not.
+__device__ __forceinline__ float Slope(float rrms, float mean) { return -(rrms * mean) * rrms * rrms; }
+
+// dx = rrms * (dy * gamma - x * rrms^2 * mean), `mean` being the row's of dy * gamma * x.
 template <int kSize>
+__device__ __forceinline__ void Differentiate(const float (&x)[kSize], const float (&dy)[kSize],
+                                              const float (&gamma)[kSize], float rrms, float slope,
+                                              float (&dx)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) dx[i] = dy[i] * rrms * gamma[i] + x[i] * slope;
+}
+
+// A block's part of dgamma at the kSize columns from `column` on: into its partial row, or into dgamma itself
+// where the group has no other block. `group` and `block` count from 0.
+template <bool kAligned, int kSize>
 __device__ __forceinline__ void StoreDgamma(const BackwardParams& params, int64_t group, int64_t block,
                                             int64_t column, const float (&values)[kSize]) {
   const BackwardArgs& args = params.args;
   const int64_t hidden = args.shape.hidden;
-  if (params.blocks_per_group == 1) {
-    StoreAs(args.gamma_dtype, args.dgamma, group * hidden + column, values);
+  const bool whole = params.blocks_per_group == 1;
+  const DType dtype = whole ? args.gamma_dtype : DType::kF32;
+  void* to = whole ? args.dgamma : args.partials;
+  const int64_t row = whole ? group : group * args.partial_rows + block;
+  if constexpr (kAligned) {
+    StoreAs(dtype, to, row * hidden + column, values);
   } else {
-    Packet<float, kSize> packet;
-    packet.Set(values);
-    packet.Store(args.partials + (group * args.partial_rows + block) * hidden + column);
+    WithType(dtype, [&](auto tag) {
+      using To = decltype(tag);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        if (column + i < hidden) static_cast<To*>(to)[row * hidden + column + i] = FromFloat<To>(values[i]);
+      }
+    });
   }
-}
-
-// Adds up the slots' shares of dgamma, one after another, in shared memory [slots, hidden], and stores the
-// sums. Each thread hands in its share through fill(columns of its slot). All threads of the block must take
-// part.
-template <typename Fill>
-__device__ __forceinline__ void StoreSlots(const BackwardParams& params, float* shared, int slots, int slot,
-                                           int64_t group, int64_t block, Fill&& fill) {
-  const int64_t hidden = params.args.shape.hidden;
-  __syncthreads();
-  fill(shared + slot * hidden);
-  __syncthreads();
-  for (int64_t column = threadIdx.x; column < hidden; column += blockDim.x) {
-    float total[1] = {0.0f};
-    for (int s = 0; s < slots; ++s) total[0] += shared[s * hidden + column];
-    StoreDgamma(params, group, block, column, total);
-  }
-  __syncthreads();
 }
 
 }  // namespace jax_rmsnorm

@@ -18,11 +18,15 @@ constexpr int NextPowerOfTwo(int64_t n) {
 
 constexpr int WholeWarps(int64_t threads) { return static_cast<int>(CeilDiv(threads, kWarp)) * kWarp; }
 
+// Packets that cover a row wherever it begins.
+int64_t PacketsOf(int64_t hidden, int width, Alignment alignment) {
+  return CeilDiv(hidden, width) + (alignment == Alignment::kRows ? 0 : 1);
+}
+
 // Where a row is no longer than a warp's registers allow, part of a warp takes it.
-LaunchConfig Lanes(int64_t packets, int per_thread, int width, int block) {
+LaunchConfig Lanes(int64_t packets, int per_thread, int block) {
   LaunchConfig config;
   config.scope = Scope::kLanes;
-  config.width = width;
   config.packets = per_thread;
   config.threads_per_row = NextPowerOfTwo(CeilDiv(packets, per_thread));
   config.block = block;
@@ -30,21 +34,19 @@ LaunchConfig Lanes(int64_t packets, int per_thread, int width, int block) {
 }
 
 // A row for `cluster` blocks, or for one.
-LaunchConfig Blocks(int64_t packets, int per_thread, int width, int64_t cluster) {
+LaunchConfig Blocks(int64_t packets, int per_thread, int64_t cluster) {
   LaunchConfig config;
   config.scope = cluster > 1 ? Scope::kCluster : Scope::kBlock;
-  config.width = width;
   config.packets = per_thread;
   config.cluster = static_cast<int>(cluster);
   config.block = config.threads_per_row = WholeWarps(CeilDiv(packets, per_thread * cluster));
   return config;
 }
 
-LaunchConfig Loop(int width, int block) {
+LaunchConfig Loop() {
   LaunchConfig config;
   config.scope = Scope::kLoop;
-  config.width = width;
-  config.block = config.threads_per_row = block;
+  config.block = config.threads_per_row = kMaxThreads;
   return config;
 }
 
@@ -54,66 +56,74 @@ int ClusterFor(int64_t packets, int per_thread, int threads) {
   return NextPowerOfTwo(CeilDiv(packets, int64_t{per_thread} * threads));
 }
 
-// The layout of unaligned rows, an element a packet, the same for forward and backward.
-LaunchConfig Unaligned(const Device& device, int64_t hidden, int lanes_block, int max_threads) {
-  if (hidden <= 4 * kWarp) return Lanes(hidden, 4, 1, lanes_block);
-  if (hidden <= 16 * kWarp) return Lanes(hidden, 16, 1, lanes_block);
-  const int cluster = ClusterFor(hidden, 16, max_threads);
-  return cluster <= device.max_cluster ? Blocks(hidden, 16, 1, cluster) : Loop(1, max_threads);
-}
+// What both passes want of a ring.
+struct Ring {
+  int64_t packet_bytes;  // of all operands that are copied
+  bool aligned;
+  int width;  // elements a packet
+  int64_t room;
 
-LaunchConfig AlignedForward(const Device& device, int64_t hidden, int width) {
-  constexpr int kThreads = 1024;
-  const int64_t packets = CeilDiv(hidden, width);
-  if (packets <= 8) return Lanes(packets, 1, width, 128);
-  if (packets <= 2 * kWarp) return Lanes(packets, 2, width, 128);
-  if (packets <= 4 * kWarp) return Lanes(packets, 4, width, 128);
-  if (packets <= 4 * kThreads) return Blocks(packets, 4, width, 1);
-  const int cluster = ClusterFor(packets, 4, kThreads / 2);
-  if (cluster <= device.max_cluster) return Blocks(packets, 4, width, cluster);
-  const int larger = ClusterFor(packets, 4, kThreads);
-  if (larger <= device.max_cluster) return Blocks(packets, 4, width, larger);
-  if (packets <= 8 * kThreads) return Blocks(packets, 8, width, 1);
-  return Loop(width, kThreads);
-}
-
-LaunchConfig AlignedBackward(const Device& device, int64_t hidden, int width, int64_t pair_bytes) {
-  constexpr int kThreads = 512;  // a block and an SM, at up to 128 registers each
-  // For blocks of several rows, with few stages: the fastest on an H200, as many stages are for whole rows.
-  constexpr int kSharedThreads = 384;
-  const int64_t packets = CeilDiv(hidden, width);
-  const int per_thread = packets == 1 ? 1 : 2;
-  const int64_t stage_bytes = per_thread * pair_bytes;  // a thread
-  const int64_t room = device.shared_memory - kOtherSharedMemory;
-  const auto fits = [&](int threads, int stages) { return stages * threads * stage_bytes <= room; };
-
-  LaunchConfig config;
-  if (packets <= 2 * kWarp) {
-    config = Lanes(packets, per_thread, width, kSharedThreads);
-  } else {
-    int cluster = ClusterFor(packets, per_thread, kThreads);
-    do {
-      if (cluster > device.max_cluster) return Loop(width, kThreads);
-      config = Blocks(packets, per_thread, width, cluster);
-      cluster *= 2;  // a slice of the row that fits into shared memory
-    } while (!fits(config.block, kFewStages));
-    // Several rows a block where there is room: fewer blocks, and fewer partial rows of dgamma.
-    if (config.cluster == 1) config.block *= std::max(1, kSharedThreads / config.block);
+  // Shared memory of a block of `config`.
+  int64_t Bytes(const LaunchConfig& config) const {
+    // Lanes of unaligned rows share packets, and need one more for every run of them.
+    const int run = std::min(config.threads_per_row, kWarp);
+    const int packets = config.block + (aligned ? 0 : config.block / run);
+    const int rows = kRowsAhead[static_cast<int>(config.scope)][config.packets] + 2;
+    // gamma's columns, and those of the packet before.
+    const int64_t table = aligned ? 0 : int64_t{2} * width * config.packets * config.threads_per_row * 4;
+    return rows * config.packets * packets * packet_bytes + table;
   }
-  const int unit = std::max(config.threads_per_row, kWarp);
-  while (config.block > unit && !fits(config.block, kFewStages)) config.block -= unit;
-  const bool single = config.block == config.threads_per_row;
-  config.stages = single && fits(config.block, kManyStages) ? kManyStages : kFewStages;
-  config.shared_memory = config.stages * config.block * stage_bytes;
-  return config;
+
+  // A row for as few blocks as have room for it.
+  LaunchConfig Place(const Device& device, int64_t packets, int per_thread) const {
+    for (int cluster = ClusterFor(packets, per_thread, kMaxThreads); cluster <= device.max_cluster;
+         cluster *= 2) {
+      const LaunchConfig config = Blocks(packets, per_thread, cluster);
+      if (Bytes(config) <= room) return config;
+    }
+    return Loop();
+  }
+
+  // As many rows a block as `threads` allow, and there is room for.
+  void Fill(LaunchConfig* config, int threads) const {
+    const int unit = std::max(config->threads_per_row, kWarp);
+    if (config->cluster == 1) config->block = std::max(1, threads / unit) * unit;
+    while (config->block > unit && Bytes(*config) > room) config->block -= unit;
+    config->ring = true;
+    config->shared_memory = Bytes(*config);
+  }
+};
+
+LaunchConfig ForwardLayout(const Device& device, const Ring& ring, int64_t packets) {
+  constexpr int kPerThread = 4;
+  constexpr int kBlock = 128;  // for rows shorter than a warp's registers
+  if (packets <= 2) return Lanes(packets, 1, kBlock);
+  if (packets <= 8) return Lanes(packets, 2, kBlock);
+  if (packets <= kPerThread * kWarp) return Lanes(packets, kPerThread, kBlock);
+  return ring.Place(device, packets, kPerThread);
+}
+
+LaunchConfig BackwardLayout(const Device& device, const Ring& ring, int64_t packets) {
+  const int per_thread = packets == 1 ? 1 : 2;
+  if (packets <= per_thread * kWarp) return Lanes(packets, per_thread, kWarp);
+  return ring.Place(device, packets, per_thread);
+}
+
+// Whether rows are so few that dx and dgamma are better computed side by side: all of x and dy stays in the
+// L2 cache, and a tile of dgamma has few rows for each of its `threads`.
+bool AreFew(const Shape& shape, DType x, int threads) {
+  constexpr int64_t kMaxBytes = 4 << 20;
+  return shape.groups * shape.rows * shape.hidden * SizeOf(x) <= kMaxBytes && shape.rows <= 2 * threads;
 }
 
 int UsableSMs(const Device& device, int margin) { return std::max(1, device.sm_count - std::max(0, margin)); }
 
-int ResidentClusters(const Device& device, int cluster, int margin) {
+// Blocks (or clusters) that run at the same time, a block an SM.
+int ResidentBlocks(const Device& device, int cluster, int margin) {
+  const int sms = UsableSMs(device, margin);
+  if (cluster == 1) return sms;
   int log2 = 0;
   while (1 << (log2 + 1) < cluster) ++log2;
-  const int sms = UsableSMs(device, margin);
   const int known = device.resident_clusters[log2];
   if (known > 0) return std::max(1, std::min(known, sms / cluster));
   // Clusters live within a GPC of 16 or more SMs: counted in sixteens, every one of them finds a place.
@@ -122,41 +132,72 @@ int ResidentClusters(const Device& device, int cluster, int margin) {
 
 }  // namespace
 
-LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x, bool aligned, int margin) {
-  LaunchConfig config = aligned ? AlignedForward(device, shape.hidden, static_cast<int>(16 / SizeOf(x)))
-                                : Unaligned(device, shape.hidden, 128, 1024);
-  const int64_t slots = config.block / config.threads_per_row;
-  const int64_t items = CeilDiv(shape.groups * shape.rows, slots);
-  // Without a margin the hardware scheduler deals out the rows; with one the grid is persistent.
-  int64_t resident = kMaxGrid / config.cluster;
-  if (margin > 0) {
-    resident = config.cluster > 1 ? ResidentClusters(device, config.cluster, margin)
-                                  : int64_t{UsableSMs(device, margin)} * std::max(1, 1024 / config.block);
+LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x, Alignment alignment,
+                              int margin) {
+  // Packets of a row beyond which a block of ForwardKernel would be half an SM, or more.
+  constexpr int64_t kMostPackets = 1024;
+  const auto width = static_cast<int>(16 / SizeOf(x));
+  const int64_t packets = PacketsOf(shape.hidden, width, alignment);
+  const int64_t room = device.shared_memory - kOtherSharedMemory;
+  const Ring ring{width * SizeOf(x), alignment == Alignment::kRows, width, room};
+  LaunchConfig config = alignment == Alignment::kNone ? Loop() : ForwardLayout(device, ring, packets);
+  config.aligned = ring.aligned;
+  config.width = config.scope == Scope::kLoop && !config.aligned ? 1 : width;
+  config.most_shared_memory = room;
+  if (config.scope == Scope::kLoop ||
+      (config.aligned && config.cluster == 1 && packets <= kMostPackets && margin == 0)) {
+    // The hardware scheduler deals out the rows.
+    const int64_t slots = config.block / config.threads_per_row;
+    config.grid = std::min(CeilDiv(shape.groups * shape.rows, slots), kMaxGrid);
+    if (margin > 0) config.grid = std::min<int64_t>(config.grid, UsableSMs(device, margin));
+    return config;
   }
-  config.grid = std::min(items, resident) * config.cluster;
+  ring.Fill(&config, kMaxThreads);
+  const int64_t slots = config.block / config.threads_per_row;
+  const int64_t resident = ResidentBlocks(device, config.cluster, margin);
+  config.blocks_per_group = std::max<int64_t>(
+      1, std::min(CeilDiv(shape.rows, slots), resident / std::max<int64_t>(1, shape.groups)));
+  config.grid = std::min(resident, config.blocks_per_group * shape.groups) * config.cluster;
   return config;
 }
 
-LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x, DType dy, bool aligned,
-                               int64_t partial_rows, int margin) {
+LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x, DType dy,
+                               Alignment alignment, int64_t partial_rows, int margin) {
+  // Threads of a block with several rows: the fastest on an H200.
+  constexpr int kLanesThreads = 384;
+  constexpr int kFewThreads = 256;
   const auto width = static_cast<int>(16 / std::min(SizeOf(x), SizeOf(dy)));
-  LaunchConfig config = aligned
-                            ? AlignedBackward(device, shape.hidden, width, width * (SizeOf(x) + SizeOf(dy)))
-                            : Unaligned(device, shape.hidden, 256, 512);
-  config.most_shared_memory = device.shared_memory - kOtherSharedMemory;
+  const int64_t packets = PacketsOf(shape.hidden, width, alignment);
+  const int64_t room = device.shared_memory - kOtherSharedMemory;
+  const Ring ring{width * (SizeOf(x) + SizeOf(dy)), alignment == Alignment::kRows, width, room};
+  LaunchConfig config = alignment == Alignment::kNone ? Loop() : BackwardLayout(device, ring, packets);
+  config.aligned = ring.aligned;
+  config.width = config.scope == Scope::kLoop && !config.aligned ? 1 : width;
+  config.most_shared_memory = room;
+
+  const bool lanes = config.scope == Scope::kLanes;
+  const int few_threads = lanes ? kFewThreads : config.threads_per_row;
+  if (config.aligned && (lanes || config.scope == Scope::kBlock) && margin == 0 &&
+      AreFew(shape, x, few_threads)) {
+    config.few = true;
+    config.block = few_threads;
+    config.tiles = partial_rows == 0 ? 0 : CeilDiv(packets, kTilePackets);
+    config.grid = config.tiles * shape.groups +
+                  CeilDiv(shape.groups * shape.rows, config.block / config.threads_per_row);
+    return config;
+  }
+
+  if (config.scope != Scope::kLoop) ring.Fill(&config, lanes ? kLanesThreads : kMaxThreads);
   const int64_t slots = config.block / config.threads_per_row;
   if (slots > 1) {
     // At the end the slots of a block add up their columns of dgamma in shared memory.
     config.shared_memory = std::max(config.shared_memory, slots * shape.hidden * 4);
   }
-
-  const int blocks_per_sm = config.stages > 0 ? 1 : std::max(1, 512 / config.block);
-  const int64_t resident = config.cluster > 1 ? ResidentClusters(device, config.cluster, margin)
-                                              : int64_t{UsableSMs(device, margin)} * blocks_per_sm;
+  const int64_t resident = ResidentBlocks(device, config.cluster, margin);
   const int64_t items = CeilDiv(shape.rows, slots);
   const int64_t wanted = std::max<int64_t>(1, resident / std::max<int64_t>(1, shape.groups));
   config.blocks_per_group =
-      std::max<int64_t>(1, std::min({items, wanted, std::max<int64_t>(1, partial_rows)}));
+      std::max<int64_t>(1, std::min({items, wanted, partial_rows == 0 ? shape.rows : partial_rows}));
   config.grid = std::min(resident, config.blocks_per_group * shape.groups) * config.cluster;
   return config;
 }

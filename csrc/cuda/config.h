@@ -11,14 +11,26 @@ namespace jax_rmsnorm {
 // Who works on one row.
 enum class Scope : int32_t {
   kLanes,    // part of a warp, or a whole one: shuffles only, no shared memory, no barrier
-  kBlock,    // a block, its part of the row in registers
+  kBlock,    // a block
   kCluster,  // a cluster of blocks, each with a slice of the row; sums meet in distributed shared memory
   kLoop,     // a block that reads the row twice: rows too long for all of the above
 };
 
-// Stages of the backward's ring of rows; a choice of two, since the kernels wait by compile-time counts.
-constexpr int kManyStages = 6;
-constexpr int kFewStages = 3;
+// What all rows of all operands have in common, which decides how they can be read.
+enum class Alignment : int32_t {
+  kRows,     // they begin at multiples of 16 bytes
+  kTensors,  // the tensors do, and their rows do not
+  kNone,
+};
+
+constexpr int kMaxThreads = 512;  // a block, at up to 128 registers each
+
+// Rows that a ring copies ahead of the one that is read, by scope and packets a thread: some 64 KiB an SM,
+// and less in a cluster, whose blocks wait for one another. More bytes in flight make the memory slower.
+constexpr int kRowsAhead[3][5] = {{0, 2, 2, 0, 1}, {0, 0, 2, 0, 1}, {0, 0, 1, 0, 1}};
+
+// Columns, in packets, of a tile of dgamma.
+constexpr int kTilePackets = 8;
 
 // Of a block's shared memory, what is not dynamic: the sums, up to 5 KiB in a cluster, and the system's 1
 // KiB.
@@ -34,26 +46,27 @@ struct Device {
 
 struct LaunchConfig {
   Scope scope = Scope::kLanes;
-  int width = 1;            // elements an access: 16 bytes' worth, or 1 for unaligned rows
-  int packets = 1;          // accesses a thread makes for one row (compile-time in the kernels)
-  int threads_per_row = 1;  // within one block
-  int block = 32;           // threads a block
-  int cluster = 1;          // blocks a row
-  int64_t grid = 0;         // blocks; a multiple of `cluster`
-  // Backward only:
-  int stages = 0;             // rows in flight in shared memory; 0: loads go straight to registers
-  int64_t shared_memory = 0;  // dynamic, in bytes
-  int64_t most_shared_memory =
-      0;  // that a launch on this device may ask for: the same for all, see LaunchKernel
-  int64_t blocks_per_group = 0;  // blocks (or clusters) that share the rows of one group: rows of `partials`
+  bool aligned = false;            // rows, to 16 bytes
+  int width = 1;                   // elements a packet
+  int packets = 1;                 // packets of a row that a thread has (compile-time in the kernels)
+  int threads_per_row = 1;         // within one block
+  int block = 32;                  // threads a block
+  int cluster = 1;                 // blocks a row
+  int64_t grid = 0;                // blocks; a multiple of `cluster`
+  bool ring = false;               // persistent blocks, one an SM, fed by asynchronous copies
+  bool few = false;                // backward: tiles of dgamma and rows of dx side by side
+  int64_t tiles = 0;               // of a group's dgamma, if so
+  int64_t blocks_per_group = 0;    // persistent blocks (or clusters) that share the rows of one group
+  int64_t shared_memory = 0;       // dynamic, in bytes
+  int64_t most_shared_memory = 0;  // that a launch may ask for: the same for all, see LaunchKernel
 };
 
-// `aligned`: every row of every operand begins at a multiple of its access size. `margin`: SMs to leave
-// alone. The mapping of elements to threads depends on hidden, dtypes and alignment only, never on the number
-// of rows, the device or the margin: a row's bits are the same in every batch.
-LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x, bool aligned, int margin);
+// `margin`: SMs to leave alone. The mapping of elements to threads depends on hidden, dtypes and alignment
+// only, never on the number of rows, the device or the margin: a row's bits are the same in every batch.
+LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x, Alignment alignment,
+                              int margin);
 
-LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x, DType dy, bool aligned,
-                               int64_t partial_rows, int margin);
+LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x, DType dy,
+                               Alignment alignment, int64_t partial_rows, int margin);
 
 }  // namespace jax_rmsnorm

@@ -3,74 +3,53 @@
 
 #include <cstdint>
 
-#include "launch.h"
-#include "packet.cuh"
-#include "reduce.cuh"
+#include "forward_common.cuh"
+#include "forward_ring.cuh"
 
 namespace jax_rmsnorm {
 
-struct ForwardParams {
-  ForwardArgs args;
-  int threads_per_row;
-  int64_t items;  // rows, or runs of rows where a block takes several
-};
-
-template <typename T, bool kRound, int kSize>
-__device__ __forceinline__ void WriteRow(const ForwardArgs& args, const float (&x)[kSize], float rrms,
-                                         int64_t offset, int64_t gamma_offset) {
-  const Arithmetic& arithmetic = args.arithmetic;
-  float gamma[kSize];
-  LoadGamma(args.gamma, args.gamma_dtype, arithmetic.zero_centered_gamma, gamma_offset, gamma);
-  float y[kSize];
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    float normalized = x[i] * rrms;
-    if constexpr (kRound) normalized = ToFloat(FromFloat<T>(normalized));
-    y[i] = normalized * gamma[i];
-  }
-  StoreAs(args.y_dtype, args.y, offset, y);
-}
-
-__device__ __forceinline__ int64_t GammaRow(const Shape& shape, int64_t row) {
-  return shape.groups == 1 ? 0 : row / shape.rows;
-}
-
-// Grid: each item is one row (kLanes: one row for every `threads_per_row` threads of the block; kCluster: one
-// row for each cluster); items are dealt out with the grid as stride. kSize elements a packet, kPackets
-// packets a thread, held in registers between the sum and the write. Precondition: the row fits, hidden <=
-// kSize * kPackets * threads_per_row * blocks of the cluster.
-template <typename T, int kSize, int kPackets, bool kRound, Scope kScope>
-__global__ __launch_bounds__(kScope == Scope::kLanes ? 128 : 1024,
-                             kScope != Scope::kLanes ? 1
-                             : kSize * kPackets <= 16
-                                 ? 10
-                                 : 8) void ForwardKernel(const __grid_constant__ ForwardParams params) {
+// Grid: each item is one row for every `threads_per_row` threads of the block; items are dealt out with the
+// grid as stride. kSize elements a packet, kPackets packets a thread,
+// held in registers between the sum and the write; gamma, of type G, is loaded before the sum where there are
+// registers for it.
+//
+// Preconditions: all rows are aligned to 16 bytes; the row fits, hidden <= kSize * kPackets * threads_per_row
+// * blocks of the cluster.
+template <typename T, typename G, int kSize, int kPackets, Scope kScope>
+__global__ __launch_bounds__(kMaxThreads,
+                             2) void ForwardKernel(const __grid_constant__ ForwardParams params) {
+  constexpr bool kEarlyGamma = kPackets * Packet<G, kSize>::kRegisters <= 16;
   const ForwardArgs& args = params.args;
-  const int64_t hidden = args.shape.hidden;
+  const Arithmetic& arithmetic = args.arithmetic;
+  const T* x = static_cast<const T*>(args.x);
+  const G* gamma = static_cast<const G*>(args.gamma);
+  const int hidden = static_cast<int>(args.shape.hidden);
   const int64_t rows = args.shape.groups * args.shape.rows;
   const int threads = params.threads_per_row;
-  RowSum<kScope> row_sum(threads);
-
-  const ClusterPlace<kScope> place;
   const int slots = kScope == Scope::kLanes ? static_cast<int>(blockDim.x) / threads : 1;
   const int slot = kScope == Scope::kLanes ? static_cast<int>(threadIdx.x) / threads : 0;
-  const int thread = kScope == Scope::kLanes ? static_cast<int>(threadIdx.x) % threads : threadIdx.x;
+  const int thread = static_cast<int>(threadIdx.x) - slot * threads;
+  RowSum<kScope> row_sum(threads);
 
-  for (int64_t item = blockIdx.x / place.blocks; item < params.items; item += gridDim.x / place.blocks) {
+  const auto column = [&](int k) { return (k * threads + thread) * kSize; };
+
+  for (int64_t item = blockIdx.x; item < params.items; item += gridDim.x) {
     const int64_t row = item * slots + slot;
-    const bool live = row < rows;  // the others take part in the shuffles only
-    const T* x_row = static_cast<const T*>(args.x) + row * hidden;
-    const auto column = [&](int k) {
-      return (static_cast<int64_t>(k * place.blocks + place.rank) * threads + thread) * kSize;
-    };
+    const bool live = row < rows;  // the others take part in the sums only
+    const int64_t start = row * hidden;
+    const int64_t gamma_start = GammaRow(args.shape, row) * hidden;
 
-    Packet<T, kSize> x[kPackets];
+    Packet<T, kSize> packets[kPackets];
+    Packet<G, kSize> gammas[kPackets];
 #pragma unroll
     for (int k = 0; k < kPackets; ++k) {
-      if (live && column(k) < hidden) {
-        x[k].Load(x_row + column(k));
-      } else {
-        x[k].SetZero();
+      packets[k].SetZero();
+      if (live && column(k) < hidden) packets[k].Load(x + start + column(k));
+    }
+    if constexpr (kEarlyGamma) {
+#pragma unroll
+      for (int k = 0; k < kPackets; ++k) {
+        if (live && gamma != nullptr && column(k) < hidden) gammas[k].Load(gamma + gamma_start + column(k));
       }
     }
 
@@ -78,29 +57,33 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? 128 : 1024,
 #pragma unroll
     for (int k = 0; k < kPackets; ++k) {
       float values[kSize];
-      x[k].Get(values);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) sum += values[i] * values[i];
+      packets[k].Get(values);
+      sum += SumOfSquares(values);
     }
+
     sum = row_sum(sum);
     if (!live) continue;
-    const float rrms = rsqrtf(sum / static_cast<float>(hidden) + args.arithmetic.eps);
-    if (args.rrms != nullptr && thread == 0 && place.rank == 0) args.rrms[row] = rrms;
+    const float rrms = rsqrtf(sum * params.inverse_hidden + arithmetic.eps);
+    if (args.rrms != nullptr && thread == 0) args.rrms[row] = rrms;
 
-    const int64_t gamma_row = GammaRow(args.shape, row) * hidden;
 #pragma unroll
     for (int k = 0; k < kPackets; ++k) {
       if (column(k) >= hidden) continue;
-      float values[kSize];
-      x[k].Get(values);
-      WriteRow<T, kRound>(args, values, rrms, row * hidden + column(k), gamma_row + column(k));
+      if (!kEarlyGamma && gamma != nullptr) gammas[k].Load(gamma + gamma_start + column(k));
+      float values[kSize], scale[kSize], y[kSize];
+      GetGamma(gammas[k], gamma != nullptr, arithmetic.zero_centered_gamma, scale);
+      packets[k].Get(values);
+      Normalize<T>(values, rrms, scale, arithmetic.round_before_gamma, y);
+      StoreAs(args.y_dtype, args.y, start + column(k), y);
     }
   }
 }
 
-// Grid: a block a row, rows dealt out with the grid as stride. Any hidden size: reads the row twice.
-template <typename T, int kSize, bool kRound>
-__global__ __launch_bounds__(1024) void ForwardLoopKernel(const __grid_constant__ ForwardParams params) {
+// Grid: a block a row, rows dealt out with the grid as stride. Any hidden size: reads the row twice. kSize =
+// 1: any alignment.
+template <typename T, typename G, int kSize>
+__global__ __launch_bounds__(kMaxThreads) void ForwardLoopKernel(
+    const __grid_constant__ ForwardParams params) {
   const ForwardArgs& args = params.args;
   const int64_t hidden = args.shape.hidden;
   const int64_t first = static_cast<int64_t>(threadIdx.x) * kSize;
@@ -109,65 +92,78 @@ __global__ __launch_bounds__(1024) void ForwardLoopKernel(const __grid_constant_
 
   for (int64_t row = blockIdx.x; row < params.items; row += gridDim.x) {
     const T* x_row = static_cast<const T*>(args.x) + row * hidden;
-    Packet<T, kSize> x;
+    const G* gamma_row = args.gamma == nullptr
+                             ? nullptr
+                             : static_cast<const G*>(args.gamma) + GammaRow(args.shape, row) * hidden;
+    Packet<T, kSize> packet;
     float values[kSize];
     float sum = 0.0f;
 #pragma unroll 4
     for (int64_t column = first; column < hidden; column += step) {
-      x.Load(x_row + column);
-      x.Get(values);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) sum += values[i] * values[i];
+      packet.Load(x_row + column);
+      packet.Get(values);
+      sum += SumOfSquares(values);
     }
-    const float rrms = rsqrtf(row_sum(sum) / static_cast<float>(hidden) + args.arithmetic.eps);
+    const float rrms = rsqrtf(row_sum(sum) * params.inverse_hidden + args.arithmetic.eps);
     if (args.rrms != nullptr && threadIdx.x == 0) args.rrms[row] = rrms;
 
-    const int64_t gamma_row = GammaRow(args.shape, row) * hidden;
 #pragma unroll 2
     for (int64_t column = first; column < hidden; column += step) {
-      x.Load(x_row + column);
-      x.Get(values);
-      WriteRow<T, kRound>(args, values, rrms, row * hidden + column, gamma_row + column);
+      Packet<G, kSize> gamma;
+      if (gamma_row != nullptr) gamma.Load(gamma_row + column);
+      packet.Load(x_row + column);
+      float scale[kSize], y[kSize];
+      GetGamma(gamma, gamma_row != nullptr, args.arithmetic.zero_centered_gamma, scale);
+      packet.Get(values);
+      Normalize<T>(values, rrms, scale, args.arithmetic.round_before_gamma, y);
+      StoreAs(args.y_dtype, args.y, row * hidden + column, y);
     }
   }
 }
 
-// The kernel that `config` asks for; the packet counts are those that ConfigureForward hands out.
-template <typename T, bool kRound>
-auto FindForward(const LaunchConfig& config) -> void (*)(ForwardParams) {
-  constexpr int kWide = 16 / sizeof(T);
-  const bool wide = config.width > 1;
+template <typename T, bool kAligned>
+auto FindForwardRing(const LaunchConfig& config) -> void (*)(ForwardParams) {
+  constexpr int kSize = 16 / sizeof(T);
   switch (config.scope) {
     case Scope::kLanes:
-      if (!wide) {
-        return config.packets == 4 ? ForwardKernel<T, 1, 4, kRound, Scope::kLanes>
-                                   : ForwardKernel<T, 1, 16, kRound, Scope::kLanes>;
-      }
-      return config.packets == 1   ? ForwardKernel<T, kWide, 1, kRound, Scope::kLanes>
-             : config.packets == 2 ? ForwardKernel<T, kWide, 2, kRound, Scope::kLanes>
-                                   : ForwardKernel<T, kWide, 4, kRound, Scope::kLanes>;
+      return config.packets == 1   ? ForwardRingKernel<T, kSize, 1, Scope::kLanes, kAligned>
+             : config.packets == 2 ? ForwardRingKernel<T, kSize, 2, Scope::kLanes, kAligned>
+                                   : ForwardRingKernel<T, kSize, 4, Scope::kLanes, kAligned>;
     case Scope::kBlock:
-      if (!wide) return ForwardKernel<T, 1, 16, kRound, Scope::kBlock>;
-      return config.packets == 4 ? ForwardKernel<T, kWide, 4, kRound, Scope::kBlock>
-                                 : ForwardKernel<T, kWide, 8, kRound, Scope::kBlock>;
+      return ForwardRingKernel<T, kSize, 4, Scope::kBlock, kAligned>;
     case Scope::kCluster:
-      return wide ? ForwardKernel<T, kWide, 4, kRound, Scope::kCluster>
-                  : ForwardKernel<T, 1, 16, kRound, Scope::kCluster>;
+      return ForwardRingKernel<T, kSize, 4, Scope::kCluster, kAligned>;
     case Scope::kLoop:
-      return wide ? ForwardLoopKernel<T, kWide, kRound> : ForwardLoopKernel<T, 1, kRound>;
+      break;
   }
   return nullptr;
+}
+
+// The kernel that `config` asks for; the packet counts are those that ConfigureForward hands out.
+template <typename T, typename G>
+auto FindForward(const LaunchConfig& config) -> void (*)(ForwardParams) {
+  constexpr int kSize = 16 / sizeof(T);
+  if (config.scope == Scope::kLoop) {
+    return config.aligned ? ForwardLoopKernel<T, G, kSize> : ForwardLoopKernel<T, G, 1>;
+  }
+  if (config.ring) {
+    return config.aligned ? FindForwardRing<T, true>(config) : FindForwardRing<T, false>(config);
+  }
+  if (config.scope == Scope::kBlock) return ForwardKernel<T, G, kSize, 4, Scope::kBlock>;
+  return config.packets == 1   ? ForwardKernel<T, G, kSize, 1, Scope::kLanes>
+         : config.packets == 2 ? ForwardKernel<T, G, kSize, 2, Scope::kLanes>
+                               : ForwardKernel<T, G, kSize, 4, Scope::kLanes>;
 }
 
 template <typename T>
 cudaError_t LaunchForwardAs(const ForwardArgs& args, const LaunchConfig& config, cudaStream_t stream) {
   const int64_t slots = config.block / config.threads_per_row;
   const int64_t rows = args.shape.groups * args.shape.rows;
-  const ForwardParams params{args, config.threads_per_row, (rows + slots - 1) / slots};
-  constexpr bool kCanRound = !std::is_same_v<T, float>;  // rounding to float32 is none
-  const auto kernel = kCanRound && args.arithmetic.round_before_gamma ? FindForward<T, kCanRound>(config)
-                                                                      : FindForward<T, false>(config);
-  return LaunchKernel(kernel, params, config, stream);
+  const ForwardParams params{args, 1.0f / static_cast<float>(args.shape.hidden), config.threads_per_row,
+                             (rows + slots - 1) / slots, config.blocks_per_group};
+  return DispatchType(args.gamma == nullptr ? args.x_dtype : args.gamma_dtype, [&](auto gamma) {
+    return LaunchKernel(FindForward<T, decltype(gamma)>(config), params, config, stream);
+  });
 }
 
 }  // namespace jax_rmsnorm

@@ -28,66 +28,64 @@ JAX_RMSNORM_EXTERN_BACKWARD(__half);
 
 namespace {
 
-// f(T{}) with the element type that `dtype` names.
-template <typename F>
-cudaError_t DispatchType(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kF32:
-      return f(float{});
-    case DType::kBF16:
-      return f(__nv_bfloat16{});
-    case DType::kF16:
-      return f(__half{});
-  }
-  return cudaErrorInvalidValue;
-}
+// Whether the tensor at `data` begins at a multiple of 16 bytes. A null tensor is no obstacle.
+bool Aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
-// Whether each row of a [.., hidden] tensor at `data` begins where `width` elements can be read in accesses
-// of up to 16 bytes. A null tensor is no obstacle.
-bool RowsAligned(const void* data, DType dtype, int64_t hidden, int64_t width) {
-  const int64_t access = std::min<int64_t>(16, width * SizeOf(dtype));
-  return data == nullptr || (hidden % width == 0 && reinterpret_cast<uintptr_t>(data) % access == 0);
+// Of rows of `hidden` elements in tensors that are aligned or not, moved in packets of `width` elements,
+// which are a multiple of 16 bytes in each tensor's type or half of one.
+Alignment AlignmentOf(bool tensors_aligned, int64_t hidden, int64_t width) {
+  return !tensors_aligned ? Alignment::kNone : hidden % width != 0 ? Alignment::kTensors : Alignment::kRows;
 }
 
 constexpr int kFinishColumns = 32;
 constexpr int kFinishRows = 32;
 
-// Grid: (ceil(hidden / 32), groups, 1) blocks of 32 x 32. Each block adds up `count` partial rows of 32
-// columns: every thread its column of each 32nd row, then one warp the 32 sums, always in the same order.
+// Grid: (ceil(hidden / 32), groups, 1) blocks of 32 x 1...32. Each block adds up `count` partial rows of 32
+// columns: every thread its column of each blockDim.y-th row, then one warp these sums, always in the same
+// order.
 __global__ __launch_bounds__(kFinishColumns* kFinishRows) void FinishKernel(
-    const float* __restrict__ partials, int64_t partial_rows, int64_t count, int64_t groups, int64_t hidden,
+    const float* __restrict__ partials, int64_t partial_rows, int count, int64_t groups, int64_t hidden,
     void* __restrict__ dgamma, DType dtype) {
   __shared__ float sums[kFinishRows][kFinishColumns];
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kFinishColumns + threadIdx.x;
+  WaitForPrimary();
   for (int64_t group = blockIdx.y; group < groups; group += gridDim.y) {
     float sum = 0.0f;
     if (column < hidden) {
       const float* from = partials + group * partial_rows * hidden + column;
 #pragma unroll 8
-      for (int64_t row = threadIdx.y; row < count; row += kFinishRows) sum += from[row * hidden];
+      for (int row = threadIdx.y; row < count; row += blockDim.y) sum += from[row * hidden];
     }
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.y == 0 && column < hidden) {
-      float total = 0.0f;
-#pragma unroll
-      for (int row = 0; row < kFinishRows; ++row) total += sums[row][threadIdx.x];
-      const float values[1] = {total};
-      StoreAs(dtype, dgamma, group * hidden + column, values);
+      float total[1] = {0.0f};
+      for (int row = 0; row < static_cast<int>(blockDim.y); ++row) total[0] += sums[row][threadIdx.x];
+      StoreAs(dtype, dgamma, group * hidden + column, total);
     }
     __syncthreads();
   }
 }
 
-cudaError_t LaunchFinish(const BackwardArgs& args, int64_t count, cudaStream_t stream) {
+cudaError_t LaunchFinish(const BackwardArgs& args, const Device& device, int64_t count, cudaStream_t stream) {
   constexpr int64_t kMaxGridY = 65535;
+  constexpr int kRowsPerThread = 4;
   const Shape& shape = args.shape;
-  const dim3 grid(static_cast<unsigned>((shape.hidden + kFinishColumns - 1) / kFinishColumns),
-                  static_cast<unsigned>(std::min(shape.groups, kMaxGridY)));
-  const dim3 block(kFinishColumns, kFinishRows);
-  FinishKernel<<<grid, block, 0, stream>>>(args.partials, args.partial_rows, count, shape.groups,
-                                           shape.hidden, args.dgamma, args.gamma_dtype);
-  return cudaGetLastError();
+  int rows = 1;
+  while (rows < kFinishRows && rows * kRowsPerThread < count) rows *= 2;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(static_cast<unsigned>((shape.hidden + kFinishColumns - 1) / kFinishColumns),
+                        static_cast<unsigned>(std::min(shape.groups, kMaxGridY)));
+  launch.blockDim = dim3(kFinishColumns, static_cast<unsigned>(rows));
+  launch.stream = stream;
+  launch.attrs = &attribute;
+  launch.numAttrs = device.max_cluster > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&launch, FinishKernel, static_cast<const float*>(args.partials),
+                            args.partial_rows, static_cast<int>(count), shape.groups, shape.hidden,
+                            args.dgamma, args.gamma_dtype);
 }
 
 // How many clusters of each size run at the same time if their blocks have an SM each: GPCs differ from chip
@@ -158,11 +156,9 @@ cudaError_t LaunchForward(const ForwardArgs& args, int margin, cudaStream_t stre
   Device device;
   const cudaError_t error = CurrentDevice(&device);
   if (error != cudaSuccess) return error;
-  const int64_t width = 16 / SizeOf(args.x_dtype);
-  const bool aligned = RowsAligned(args.x, args.x_dtype, shape.hidden, width) &&
-                       RowsAligned(args.y, args.y_dtype, shape.hidden, width) &&
-                       RowsAligned(args.gamma, args.gamma_dtype, shape.hidden, width);
-  const LaunchConfig config = ConfigureForward(device, shape, args.x_dtype, aligned, margin);
+  const Alignment alignment = AlignmentOf(Aligned(args.x) && Aligned(args.y) && Aligned(args.gamma),
+                                          shape.hidden, 16 / SizeOf(args.x_dtype));
+  const LaunchConfig config = ConfigureForward(device, shape, args.x_dtype, alignment, margin);
   return DispatchType(args.x_dtype,
                       [&](auto x) { return LaunchForwardAs<decltype(x)>(args, config, stream); });
 }
@@ -177,23 +173,21 @@ cudaError_t LaunchBackward(const BackwardArgs& args, int margin, cudaStream_t st
   Device device;
   cudaError_t error = CurrentDevice(&device);
   if (error != cudaSuccess) return error;
-  const int64_t width = 16 / std::min(SizeOf(args.x_dtype), SizeOf(args.dy_dtype));
-  const bool aligned = RowsAligned(args.x, args.x_dtype, shape.hidden, width) &&
-                       RowsAligned(args.dx, args.x_dtype, shape.hidden, width) &&
-                       RowsAligned(args.dy, args.dy_dtype, shape.hidden, width) &&
-                       RowsAligned(args.gamma, args.gamma_dtype, shape.hidden, width) &&
-                       RowsAligned(args.dgamma, args.gamma_dtype, shape.hidden, width) &&
-                       RowsAligned(args.partials, DType::kF32, shape.hidden, width);
-  const int64_t partial_rows = args.dgamma == nullptr ? shape.rows : args.partial_rows;
+  const bool tensors_aligned = Aligned(args.x) && Aligned(args.dx) && Aligned(args.dy) &&
+                               Aligned(args.gamma) && Aligned(args.dgamma) && Aligned(args.partials);
+  const Alignment alignment =
+      AlignmentOf(tensors_aligned, shape.hidden, 16 / std::min(SizeOf(args.x_dtype), SizeOf(args.dy_dtype)));
+  const int64_t partial_rows = args.dgamma == nullptr ? 0 : args.partial_rows;
   const LaunchConfig config =
-      ConfigureBackward(device, shape, args.x_dtype, args.dy_dtype, aligned, partial_rows, margin);
+      ConfigureBackward(device, shape, args.x_dtype, args.dy_dtype, alignment, partial_rows, margin);
   error = DispatchType(args.x_dtype, [&](auto x) {
     return DispatchType(args.dy_dtype, [&](auto dy) {
       return LaunchBackwardAs<decltype(x), decltype(dy)>(args, config, stream);
     });
   });
-  if (error != cudaSuccess || args.dgamma == nullptr || config.blocks_per_group == 1) return error;
-  return LaunchFinish(args, config.blocks_per_group, stream);
+  if (error != cudaSuccess || args.dgamma == nullptr || config.few || config.blocks_per_group == 1)
+    return error;
+  return LaunchFinish(args, device, config.blocks_per_group, stream);
 }
 
 }  // namespace jax_rmsnorm

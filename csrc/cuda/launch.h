@@ -2,6 +2,8 @@
 // tunes.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
 #include "../problem.h"
@@ -14,6 +16,20 @@ cudaError_t CurrentDevice(Device* device);
 
 cudaError_t LaunchForward(const ForwardArgs& args, int margin, cudaStream_t stream);
 cudaError_t LaunchBackward(const BackwardArgs& args, int margin, cudaStream_t stream);
+
+// f(T{}) with the element type that `dtype` names.
+template <typename F>
+cudaError_t DispatchType(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kF32:
+      return f(float{});
+    case DType::kBF16:
+      return f(__nv_bfloat16{});
+    case DType::kF16:
+      return f(__half{});
+  }
+  return cudaErrorInvalidValue;
+}
 
 // Launches `kernel(params)` in the grid, block, cluster and shared memory of `config`.
 template <typename Params>

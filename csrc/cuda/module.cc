@@ -28,33 +28,45 @@ DType ParseDType(const std::string& name) {
   throw std::invalid_argument("dtype must be float32, bfloat16 or float16, got " + name);
 }
 
+Alignment ParseAlignment(const std::string& name) {
+  if (name == "rows") return Alignment::kRows;
+  if (name == "tensors") return Alignment::kTensors;
+  if (name == "none") return Alignment::kNone;
+  throw std::invalid_argument("alignment must be rows, tensors or none, got " + name);
+}
+
 nb::dict ToDict(const LaunchConfig& config) {
   constexpr const char* kScopes[] = {"lanes", "block", "cluster", "loop"};
   nb::dict dict;
   dict["scope"] = kScopes[static_cast<int>(config.scope)];
+  dict["aligned"] = config.aligned;
   dict["width"] = config.width;
   dict["packets"] = config.packets;
   dict["threads_per_row"] = config.threads_per_row;
   dict["block"] = config.block;
   dict["cluster"] = config.cluster;
   dict["grid"] = config.grid;
-  dict["stages"] = config.stages;
+  dict["ring"] = config.ring;
+  dict["few"] = config.few;
+  dict["tiles"] = config.tiles;
   dict["shared_memory"] = config.shared_memory;
+  dict["most_shared_memory"] = config.most_shared_memory;
   dict["blocks_per_group"] = config.blocks_per_group;
   return dict;
 }
 
-nb::dict ForwardConfig(int64_t rows, int64_t hidden, const std::string& x, bool aligned, int sm_count,
-                       int shared_memory, int max_cluster, int margin) {
+nb::dict ForwardConfig(int64_t rows, int64_t hidden, const std::string& x, const std::string& alignment,
+                       int sm_count, int shared_memory, int max_cluster, int margin) {
   return ToDict(ConfigureForward({sm_count, shared_memory, max_cluster}, {1, rows, hidden}, ParseDType(x),
-                                 aligned, margin));
+                                 ParseAlignment(alignment), margin));
 }
 
 nb::dict BackwardConfig(int64_t rows, int64_t hidden, const std::string& x, const std::string& dy,
-                        bool aligned, int64_t groups, int64_t partial_rows, int sm_count, int shared_memory,
-                        int max_cluster, int margin) {
+                        const std::string& alignment, int64_t groups, int64_t partial_rows, int sm_count,
+                        int shared_memory, int max_cluster, int margin) {
   return ToDict(ConfigureBackward({sm_count, shared_memory, max_cluster}, {groups, rows, hidden},
-                                  ParseDType(x), ParseDType(dy), aligned, partial_rows, margin));
+                                  ParseDType(x), ParseDType(dy), ParseAlignment(alignment), partial_rows,
+                                  margin));
 }
 
 }  // namespace
@@ -76,9 +88,9 @@ NB_MODULE(_cuda, m) {
       "The benchmark's copy kernels, for register_ffi_target.");
   m.attr("roof_variants") = rms::kRoofVariants;
   m.def("forward_config", &rms::ForwardConfig, nb::kw_only(), "rows"_a, "hidden"_a, "x"_a = "bfloat16",
-        "aligned"_a = true, "sm_count"_a = 132, "shared_memory"_a = 232448, "max_cluster"_a = 16,
+        "alignment"_a = "rows", "sm_count"_a = 132, "shared_memory"_a = 232448, "max_cluster"_a = 16,
         "margin"_a = 0);
   m.def("backward_config", &rms::BackwardConfig, nb::kw_only(), "rows"_a, "hidden"_a, "x"_a = "bfloat16",
-        "dy"_a = "bfloat16", "aligned"_a = true, "groups"_a = 1, "partial_rows"_a = 1024, "sm_count"_a = 132,
-        "shared_memory"_a = 232448, "max_cluster"_a = 16, "margin"_a = 0);
+        "dy"_a = "bfloat16", "alignment"_a = "rows", "groups"_a = 1, "partial_rows"_a = 1024,
+        "sm_count"_a = 132, "shared_memory"_a = 232448, "max_cluster"_a = 16, "margin"_a = 0);
 }

@@ -10,25 +10,6 @@
 
 namespace jax_rmsnorm {
 
-template <int kBytes>
-struct WordOf;
-template <>
-struct WordOf<2> {
-  using type = uint16_t;
-};
-template <>
-struct WordOf<4> {
-  using type = uint32_t;
-};
-template <>
-struct WordOf<8> {
-  using type = uint2;
-};
-template <>
-struct WordOf<16> {
-  using type = uint4;
-};
-
 __device__ __forceinline__ float ToFloat(float value) { return value; }
 __device__ __forceinline__ float ToFloat(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ __forceinline__ float ToFloat(__half value) { return __half2float(value); }
@@ -44,30 +25,38 @@ __device__ __forceinline__ T FromFloat(float value) {
   }
 }
 
-template <typename Word>
-__device__ __forceinline__ Word LoadGlobal(const Word* from) {
-  return *from;
+// 2, 4, 8 or 16 bytes to and from registers of 32 bits. Spelt out for 16: the compiler takes a word apart
+// where its parts were computed apart, and stores it in four.
+template <int kBytes>
+__device__ __forceinline__ void LoadGlobal(const void* from, uint32_t* to) {
+  if constexpr (kBytes == 16) {
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "l"(from));
+  } else if constexpr (kBytes == 8) {
+    const uint2 pair = *static_cast<const uint2*>(from);
+    to[0] = pair.x;
+    to[1] = pair.y;
+  } else if constexpr (kBytes == 4) {
+    to[0] = *static_cast<const uint32_t*>(from);
+  } else {
+    to[0] = *static_cast<const uint16_t*>(from);
+  }
 }
 
-template <typename Word>
-__device__ __forceinline__ void StoreGlobal(Word* to, Word word) {
-  *to = word;
-}
-
-// Spelt out for 16 bytes: the compiler takes a word apart where its parts were computed apart, and stores it
-// in four.
-__device__ __forceinline__ uint4 LoadGlobal(const uint4* from) {
-  uint4 word;
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)
-               : "l"(from));
-  return word;
-}
-
-__device__ __forceinline__ void StoreGlobal(uint4* to, uint4 word) {
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(word.x), "r"(word.y), "r"(word.z),
-               "r"(word.w)
-               : "memory");
+template <int kBytes>
+__device__ __forceinline__ void StoreGlobal(void* to, const uint32_t* from) {
+  if constexpr (kBytes == 16) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(from[0]), "r"(from[1]),
+                 "r"(from[2]), "r"(from[3])
+                 : "memory");
+  } else if constexpr (kBytes == 8) {
+    *static_cast<uint2*>(to) = {from[0], from[1]};
+  } else if constexpr (kBytes == 4) {
+    *static_cast<uint32_t*>(to) = from[0];
+  } else {
+    *static_cast<uint16_t*>(to) = static_cast<uint16_t>(from[0]);
+  }
 }
 
 // Two 16-bit elements in a 32-bit word, the first in its low half: one instruction an element, or less.
@@ -94,52 +83,58 @@ __device__ __forceinline__ uint32_t PackPair(float first, float second) {
   }
 }
 
-// kSize elements of T as they lie in memory, aligned to min(16, kSize * sizeof(T)) bytes.
+// kSize elements of T as they lie in memory, aligned to min(16, kSize * sizeof(T)) bytes; a single 16-bit
+// element in the low half of its register.
 template <typename T, int kSize>
 struct Packet {
   static constexpr int kBytes = kSize * static_cast<int>(sizeof(T));
   static constexpr int kAccess = kBytes < 16 ? kBytes : 16;
-  static constexpr int kWords = kBytes / kAccess;
-  using Word = typename WordOf<kAccess>::type;
+  static constexpr int kAccesses = kBytes / kAccess;
+  static constexpr int kRegisters = kBytes < 4 ? 1 : kBytes / 4;
 
-  Word words[kWords];
+  uint32_t registers[kRegisters];
 
   __device__ __forceinline__ void SetZero() {
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) words[w] = Word{};
+    for (int r = 0; r < kRegisters; ++r) registers[r] = 0;
   }
 
   __device__ __forceinline__ void Load(const void* from) {
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) words[w] = LoadGlobal(static_cast<const Word*>(from) + w);
+    for (int a = 0; a < kAccesses; ++a) {
+      LoadGlobal<kAccess>(static_cast<const char*>(from) + a * kAccess, registers + a * 4);
+    }
   }
 
   __device__ __forceinline__ void Store(void* to) const {
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) StoreGlobal(static_cast<Word*>(to) + w, words[w]);
+    for (int a = 0; a < kAccesses; ++a) {
+      StoreGlobal<kAccess>(static_cast<char*>(to) + a * kAccess, registers + a * 4);
+    }
   }
 
   __device__ __forceinline__ void Get(float (&values)[kSize]) const {
-    if constexpr (sizeof(T) == 2 && kSize % 2 == 0) {
-      const uint32_t* pairs = reinterpret_cast<const uint32_t*>(words);
+    if constexpr (sizeof(T) == 4) {
 #pragma unroll
-      for (int i = 0; i < kSize; i += 2) UnpackPair<T>(pairs[i / 2], values[i], values[i + 1]);
+      for (int i = 0; i < kSize; ++i) values[i] = __uint_as_float(registers[i]);
+    } else if constexpr (kSize == 1) {
+      float unused;
+      UnpackPair<T>(registers[0], values[0], unused);
     } else {
-      const T* elements = reinterpret_cast<const T*>(words);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) values[i] = ToFloat(elements[i]);
+      for (int i = 0; i < kSize; i += 2) UnpackPair<T>(registers[i / 2], values[i], values[i + 1]);
     }
   }
 
   __device__ __forceinline__ void Set(const float (&values)[kSize]) {
-    if constexpr (sizeof(T) == 2 && kSize % 2 == 0) {
-      uint32_t* pairs = reinterpret_cast<uint32_t*>(words);
+    if constexpr (sizeof(T) == 4) {
 #pragma unroll
-      for (int i = 0; i < kSize; i += 2) pairs[i / 2] = PackPair<T>(values[i], values[i + 1]);
+      for (int i = 0; i < kSize; ++i) registers[i] = __float_as_uint(values[i]);
+    } else if constexpr (kSize == 1) {
+      registers[0] = PackPair<T>(values[0], 0.0f);
     } else {
-      T* elements = reinterpret_cast<T*>(words);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) elements[i] = FromFloat<T>(values[i]);
+      for (int i = 0; i < kSize; i += 2) registers[i / 2] = PackPair<T>(values[i], values[i + 1]);
     }
   }
 };
@@ -156,21 +151,16 @@ __device__ __forceinline__ void WithType(DType dtype, F&& f) {
   }
 }
 
-// gamma's kSize values from `offset` on; one where there is no gamma.
-template <int kSize>
-__device__ __forceinline__ void LoadGamma(const void* gamma, DType dtype, bool zero_centered, int64_t offset,
-                                          float (&values)[kSize]) {
-  if (gamma == nullptr) {
+// The values of a packet of gamma; one where there is no gamma.
+template <typename G, int kSize>
+__device__ __forceinline__ void GetGamma(const Packet<G, kSize>& packet, bool present, bool zero_centered,
+                                         float (&values)[kSize]) {
+  if (!present) {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) values[i] = 1.0f;
     return;
   }
-  WithType(dtype, [&](auto tag) {
-    using G = decltype(tag);
-    Packet<G, kSize> packet;
-    packet.Load(static_cast<const G*>(gamma) + offset);
-    packet.Get(values);
-  });
+  packet.Get(values);
   if (zero_centered) {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) values[i] += 1.0f;
@@ -192,17 +182,40 @@ __device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-__device__ __forceinline__ uint4 LoadShared16(uint32_t address) {
-  uint4 word;
+__device__ __forceinline__ void LoadShared16(uint32_t address, uint32_t* to) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(address)
                : "memory");
-  return word;
 }
 
-__device__ __forceinline__ void ZeroShared16(uint32_t address) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
+__device__ __forceinline__ void StoreShared16(uint32_t address, const uint32_t* from) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(from[0]), "r"(from[1]),
+               "r"(from[2]), "r"(from[3])
+               : "memory");
+}
+
+__device__ __forceinline__ float LoadShared(uint32_t address) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void StoreShared(uint32_t address, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+// Programmatic dependent launch: the next kernel of the stream may start, and waits until this one is done.
+__device__ __forceinline__ void LaunchDependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void WaitForPrimary() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // Asynchronous copy of 16 bytes, global to shared memory, without a register in between.

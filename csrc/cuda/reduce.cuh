@@ -10,8 +10,8 @@
 namespace jax_rmsnorm {
 
 constexpr unsigned kFullMask = 0xffffffffu;
-constexpr int kMaxWarps = 32;
 constexpr int kMaxCluster = 16;
+constexpr int kMaxWarps = kMaxThreads / 32;
 
 // Over aligned runs of `lanes` lanes, a power of two. All 32 lanes of the warp must take part.
 __device__ __forceinline__ float SumLanes(float value, int lanes) {
@@ -32,6 +32,19 @@ __device__ __forceinline__ float SumLanes(float value) {
 
 __device__ __forceinline__ float SumWarp(float value) { return SumLanes<32>(value); }
 
+// Of the sums of `warps` warps at `from` in shared memory, read four at a time: behind them are zeros.
+__device__ __forceinline__ float SumWarps(uint32_t from, int warps) {
+  float value = 0.0f;
+#pragma unroll 1
+  for (int i = 0; i < warps; i += 4) {
+    uint32_t four[4];
+    LoadShared16(from + i * sizeof(float), four);
+    value += (__uint_as_float(four[0]) + __uint_as_float(four[1])) +
+             (__uint_as_float(four[2]) + __uint_as_float(four[3]));
+  }
+  return value;
+}
+
 // Where a thread's slice of a row lies: the block's rank in its cluster, and the cluster's size.
 template <Scope kScope>
 struct ClusterPlace {
@@ -48,50 +61,28 @@ struct ClusterPlace {
   }
 };
 
-// One sum after another over a row's threads: part of a warp, a whole block, or a cluster. Successive sums
-// alternate between two buffers, so that one barrier a sum is enough: a buffer is written again only after
-// the barrier that follows its last reading.
+// One sum after another over a row's threads: part of a warp, or a whole block. Successive sums alternate
+// between two buffers, so that one barrier a sum is enough: a buffer is written again only after the barrier
+// that follows its last reading.
 template <Scope kScope>
 class RowSum {
  public:
-  __device__ explicit RowSum(int threads_per_row) : threads_(threads_per_row) {
-#if __CUDA_ARCH__ >= 900
-    // A block's shared memory may be written from afar only once the block has started.
-    if constexpr (kScope == Scope::kCluster) cooperative_groups::this_cluster().sync();
-#endif
-  }
+  __device__ explicit RowSum(int threads_per_row) : threads_(threads_per_row) {}
 
+  // All threads of the row must take part, and with kLanes all those of the warp.
   __device__ __forceinline__ float operator()(float value) {
     if constexpr (kScope == Scope::kLanes) {
       return SumLanes(value, threads_);
     } else {
-      constexpr int kSlots = kScope == Scope::kCluster ? kMaxWarps * kMaxCluster : kMaxWarps;
-      __shared__ float buffers[2][kSlots];
+      __shared__ alignas(16) float buffers[2][kMaxWarps];
       float* buffer = buffers[phase_];
       phase_ ^= 1;
-      const int lane = threadIdx.x % 32;
-      const int warp = threadIdx.x / 32;
-      const int warps = threads_ / 32;
       value = SumWarp(value);
-      int slots = warps;
-      if constexpr (kScope == Scope::kCluster) {
-#if __CUDA_ARCH__ >= 900
-        // Lane r hands this warp's sum to block r of the cluster; one barrier makes all of them visible.
-        const auto cluster = cooperative_groups::this_cluster();
-        const int blocks = static_cast<int>(cluster.num_blocks());
-        slots = warps * blocks;
-        if (lane < blocks) {
-          cluster.map_shared_rank(buffer, lane)[cluster.block_rank() * warps + warp] = value;
-        }
-        cluster.sync();
-#endif
-      } else {
-        if (lane == 0) buffer[warp] = value;
-        __syncthreads();
-      }
-      value = 0.0f;
-      for (int slot = lane; slot < slots; slot += 32) value += buffer[slot];
-      return SumWarp(value);
+      const int warps = threads_ / 32;
+      if (threadIdx.x % 32 == 0) buffer[threadIdx.x / 32] = value;
+      if (threadIdx.x < 4 && warps + threadIdx.x < (warps + 3) / 4 * 4) buffer[warps + threadIdx.x] = 0.0f;
+      __syncthreads();
+      return SumWarps(SharedAddress(buffer), threads_ / 32);
     }
   }
 
@@ -110,33 +101,35 @@ class RowSum {
 template <Scope kScope>
 class SplitRowSum {
   static constexpr unsigned kBuffers = 4;
-  static constexpr int kBlockWarps = 16;
-  // In a block each row has its warps' sums at a multiple of four, zeros behind them: read four at a time.
-  static constexpr int kSums = kScope == Scope::kCluster ? kBlockWarps * kMaxCluster : 2 * kBlockWarps;
+  // In a block each row has its warps' sums at a multiple of four, zeros behind them.
+  static constexpr int kSums = kMaxWarps * (kScope == Scope::kCluster ? kMaxCluster : 2);
 
  public:
   struct Shared {
     alignas(16) float sums[kBuffers][kSums];
-    uint64_t barriers[kBuffers][kBlockWarps];  // one for each row of the block
+    uint64_t barriers[kBuffers][kMaxWarps];  // one for each row of the block
   };
 
-  // `slot`: which of the block's rows this thread works on. All threads of the block (cluster) must take
-  // part.
-  __device__ SplitRowSum(Shared& shared, int threads_per_row, int slot) : lanes_(threads_per_row) {
+  // `slot`: which of the block's rows this thread works on, as number `thread` of its threads there. All
+  // threads of the block (cluster) must take part.
+  __device__ SplitRowSum(Shared& shared, int threads_per_row, int slot, int thread)
+      : lanes_(threads_per_row) {
     if constexpr (kScope == Scope::kLanes) return;
     const ClusterPlace<kScope> place;
     lane_ = threadIdx.x % 32;
     warps_ = threads_per_row / 32;
     blocks_ = place.blocks;
     barriers_ = SharedAddress(&shared.barriers[0][slot]);
-    const int warp = (static_cast<int>(threadIdx.x) - slot * threads_per_row) / 32;
+    const int warp = thread / 32;
     const int first = slot * ((warps_ + 3) / 4 * 4);
     read_from_ = SharedAddress(&shared.sums[0][first]);
     write_to_ = SharedAddress(&shared.sums[0][first + place.rank * warps_ + warp]);
-    for (int i = threadIdx.x; i < static_cast<int>(kBuffers) * kSums; i += blockDim.x) {
-      shared.sums[i / kSums][i % kSums] = 0.0f;
+    if constexpr (kScope == Scope::kBlock) {
+      for (int i = threadIdx.x; i < static_cast<int>(kBuffers) * kSums; i += blockDim.x) {
+        shared.sums[i / kSums][i % kSums] = 0.0f;
+      }
     }
-    leader_ = threadIdx.x == static_cast<unsigned>(slot * threads_per_row);
+    leader_ = thread == 0;
     if (leader_) {
       // In a cluster the sums themselves count, by their bytes.
       const unsigned count = kScope == Scope::kCluster ? 1 : warps_;
@@ -146,8 +139,10 @@ class SplitRowSum {
     }
     if constexpr (kScope == Scope::kCluster) {
 #if __CUDA_ARCH__ >= 900
+      // A block's shared memory may be written from afar only once the block has started. The first Post
+      // waits for that, and loads can be issued until then.
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-      cooperative_groups::this_cluster().sync();
+      asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
     } else {
       __syncthreads();
@@ -164,9 +159,10 @@ class SplitRowSum {
     const unsigned buffer = turn % kBuffers;
     const uint32_t to = write_to_ + buffer * kSums * sizeof(float);
     value = SumWarp(value);
-    if constexpr (kScope == Scope::kCluster) __syncwarp();  // all lanes have read before this warp hands in
     if constexpr (kScope == Scope::kCluster) {
 #if __CUDA_ARCH__ >= 900
+      if (turn == 0) asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+      __syncwarp();  // all lanes have read before this warp hands in
       if (leader_) {
         const unsigned bytes = warps_ * blocks_ * sizeof(float);
         asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}\n" ::"r"(
@@ -202,40 +198,20 @@ class SplitRowSum {
     if constexpr (kScope == Scope::kLanes) return turn == last_turn_ ? current_ : previous_;
     const unsigned buffer = turn % kBuffers;
     const uint32_t from = read_from_ + buffer * kSums * sizeof(float);
-    float value = 0.0f;
-    if constexpr (kScope == Scope::kBlock) {
-      if (lane_ == 0) {
-        WaitBarrier(Barrier(buffer), turn / kBuffers % 2);
-        for (int i = 0; i < warps_; i += 4) {
-          const uint4 four = LoadShared16(from + i * sizeof(float));
-          value += (__uint_as_float(four.x) + __uint_as_float(four.y)) +
-                   (__uint_as_float(four.z) + __uint_as_float(four.w));
-        }
-      }
-      return __shfl_sync(kFullMask, value, 0);
-    }
     WaitBarrier(Barrier(buffer), turn / kBuffers % 2);
+    if constexpr (kScope == Scope::kBlock) return SumWarps(from, warps_);
+    float value = 0.0f;
+    if constexpr (kScope == Scope::kCluster) {
 #pragma unroll 1
-    for (int i = lane_; i < warps_ * blocks_; i += 32) value += LoadShared(from + i * sizeof(float));
-    return SumWarp(value);
-  }
-
-  // Before the block ends: the others of its cluster may still write to it until then.
-  __device__ void Finish() {
-#if __CUDA_ARCH__ >= 900
-    if constexpr (kScope == Scope::kCluster) cooperative_groups::this_cluster().sync();
-#endif
+      for (int i = lane_; i < warps_ * blocks_; i += 32) value += LoadShared(from + i * sizeof(float));
+      value = SumWarp(value);
+    }
+    return value;
   }
 
  private:
   __device__ __forceinline__ uint32_t Barrier(unsigned buffer) const {
-    return barriers_ + buffer * kBlockWarps * sizeof(uint64_t);
-  }
-
-  static __device__ __forceinline__ float LoadShared(uint32_t address) {
-    float value;
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-    return value;
+    return barriers_ + buffer * kMaxWarps * sizeof(uint64_t);
   }
 
   static __device__ __forceinline__ void WaitBarrier(uint32_t barrier, unsigned parity) {

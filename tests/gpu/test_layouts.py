@@ -22,29 +22,36 @@ HIDDEN = (
 )
 
 
-def test_every_scope_is_among_the_shapes():
-    seen = {
-        (config(rows=4, hidden=hidden, x=x, aligned=hidden % 8 == 0)["scope"], hidden % 8 == 0)
-        for hidden, x, config in itertools.product(
-            HIDDEN,
-            ("float32", "bfloat16"),
-            (_ffi.CUDA.module.forward_config, _ffi.CUDA.module.backward_config),
-        )
+def test_every_layout_is_among_the_shapes():
+    seen = set()
+    for hidden, x in itertools.product(HIDDEN, ("float32", "bfloat16")):
+        for configure in (_ffi.CUDA.module.forward_config, _ffi.CUDA.module.backward_config):
+            for margin in (0, 1):
+                alignment = "tensors" if hidden % 8 else "rows"
+                config = configure(rows=5, hidden=hidden, x=x, alignment=alignment, margin=margin)
+                kernel = "ring" if config["ring"] else "few" if config["few"] else "plain"
+                seen.add((kernel, config["scope"], config["aligned"]))
+    assert seen == {
+        *itertools.product(("ring",), ("lanes", "block", "cluster"), (True, False)),
+        *itertools.product(("few", "plain"), ("lanes", "block"), (True,)),
+        *itertools.product(("plain",), ("loop",), (True, False)),
     }
-    assert seen == set(itertools.product(("lanes", "block", "cluster", "loop"), (True, False)))
 
 
+@pytest.mark.parametrize("sm_margin", [0, 1])
 @pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_hidden(hidden, dtype):
-    check_call((5, hidden), dtype, dtype, dtype)
+def test_hidden(hidden, dtype, sm_margin):
+    """Few rows; with a margin, by the kernels for many."""
+    check_call((5, hidden), dtype, dtype, dtype, sm_margin=sm_margin)
 
 
 @pytest.mark.parametrize("hidden", [96, 101, 1536, 6144, 6145, 40_000, 40_001, 400_000])
 @pytest.mark.parametrize("rounding", ["once", "before_gamma"])
-def test_dtype_mixes(hidden, rounding):
+@pytest.mark.parametrize("sm_margin", [0, 1])
+def test_dtype_mixes(hidden, rounding, sm_margin):
     for x, gamma, y in itertools.product(DTYPES, (None, *DTYPES), DTYPES):
-        check_call((3, hidden), x, gamma, y, rounding=rounding)
+        check_call((3, hidden), x, gamma, y, rounding=rounding, sm_margin=sm_margin)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 33, 1000, 4097])

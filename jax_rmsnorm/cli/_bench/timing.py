@@ -33,8 +33,10 @@ class Plan:
         rotation_bytes: what the input sets of a case hold together, so that no cache serves them.
         min_sets, max_sets: bounds on their number.
         chain_calls: calls in the body of a loop over dependent calls.
-        seconds: about how long one measurement takes.
+        seconds: about how long one run of a loop takes.
         bytes_per_second, call_seconds: the guess of a call's time behind that.
+        warm_up_runs: runs of the loop, untimed, before each measurement.
+        sample_seconds: how long a measurement takes at the least; it repeats the loop until then, once or more.
         min_rounds, max_rounds: measurements of each contender.
         budget_seconds: time after which no round beyond the first ``min_rounds`` starts.
     """
@@ -46,6 +48,8 @@ class Plan:
     seconds: float
     bytes_per_second: float
     call_seconds: float
+    warm_up_runs: int
+    sample_seconds: float
     min_rounds: int
     max_rounds: int
     budget_seconds: float
@@ -62,7 +66,8 @@ class Plan:
 
 
 # XLA's CPU backend runs independent calls at the same time: there, one call is the whole body, and its set stays the
-# same for every contender.
+# same for every contender. Whoever runs next after a contender that left a core idle pays for waking it, which takes a
+# virtual machine milliseconds: hence samples long beside that, of warm loops.
 PLANS = {
     "cpu": Plan(
         rotation_bytes=0,
@@ -72,7 +77,9 @@ PLANS = {
         seconds=0.03,
         bytes_per_second=1e10,
         call_seconds=1e-5,
-        min_rounds=5,
+        warm_up_runs=1,
+        sample_seconds=0.15,
+        min_rounds=9,
         max_rounds=25,
         budget_seconds=2.0,
     ),
@@ -85,6 +92,8 @@ PLANS = {
         seconds=0.01,
         bytes_per_second=3.5e12,
         call_seconds=2e-6,
+        warm_up_runs=0,
+        sample_seconds=0.0,
         min_rounds=7,
         max_rounds=15,
         budget_seconds=1.0,
@@ -124,6 +133,7 @@ class PreparedCall(Prepared):
     def __init__(
         self, call: Call, case: Case, sets: Sequence[Inputs], plan: Plan, *, chain: bool = False
     ) -> None:
+        self._plan = plan
         self._function = call.function
         self._operands = [call.operands(inputs) for inputs in sets]
         self._calls = plan.chain_calls if chain else len(sets)
@@ -150,9 +160,15 @@ class PreparedCall(Prepared):
         return results[0]
 
     def sample(self) -> float:
+        for _ in range(self._plan.warm_up_runs):
+            self._run()
         began = time.perf_counter()
         self._run()
-        return (time.perf_counter() - began) / self._calls_in_all
+        runs = 1
+        while time.perf_counter() - began < self._plan.sample_seconds:
+            self._run()
+            runs += 1
+        return (time.perf_counter() - began) / (runs * self._calls_in_all)
 
     def profile(self) -> profile.DeviceTime:
         function = jax.jit(self._function)

@@ -1,0 +1,89 @@
+// Rows on their way: a ring of packets in shared memory, filled by asynchronous copies.
+#pragma once
+
+#include "config.h"
+#include "packet.cuh"
+#include "unaligned.cuh"
+
+namespace jax_rmsnorm {
+
+// One operand's packets. Each thread copies in what it will read, so that no barrier is needed, only a wait
+// for its own copies. In rows that are not aligned a thread also reads the packet after each of its own: that
+// of the next lane, and for the last lane of a run one that it copies in for itself alone.
+template <typename T, int kSize, bool kAligned>
+class PacketRing {
+  using P = Packet<T, kSize>;
+  static_assert(P::kAccess == 16);
+
+ public:
+  // `total`: elements of the tensor.
+  __device__ PacketRing(uint32_t shared, const void* tensor, int64_t total, int threads_per_row)
+      : tensor_(static_cast<const T*>(tensor)), total_(total) {
+    int place = threadIdx.x, places = blockDim.x;
+    if constexpr (!kAligned) {
+      const int run = threads_per_row < 32 ? threads_per_row : 32;
+      place += threadIdx.x / run;
+      places += blockDim.x / run;
+      last_of_run_ = threadIdx.x % run == run - 1;
+    }
+    base_ = shared + place * 16;
+    stride_ = places * 16;
+  }
+
+  // Starts the copy of the elements from `first` on into a place of the ring. `inside`: all of them are the
+  // tensor's, and so are those of the next packet.
+  __device__ __forceinline__ void Copy(int place, int64_t first, bool inside) const {
+    if (kAligned || inside) {
+      CopyTo(At(place), tensor_ + first);
+      if (!kAligned && last_of_run_) CopyTo(At(place) + 16, tensor_ + first + kSize);
+    } else {
+      CopyEnd(At(place), first);
+      if (last_of_run_) CopyEnd(At(place) + 16, first + kSize);
+    }
+  }
+
+  __device__ __forceinline__ P Read(int place) const { return ReadFrom(At(place)); }
+  __device__ __forceinline__ P ReadNext(int place) const { return ReadFrom(At(place) + 16); }
+
+  // For packets that nothing is copied to.
+  __device__ void Zero(int place) const {
+    constexpr uint32_t kZeros[4] = {};
+    for (int a = 0; a < P::kAccesses; ++a) StoreShared16(At(place) + a * stride_, kZeros);
+  }
+
+  // That one place takes in a block's shared memory.
+  __device__ __forceinline__ uint32_t Bytes() const { return P::kAccesses * stride_; }
+
+ private:
+  __device__ __forceinline__ uint32_t At(int place) const { return base_ + place * P::kAccesses * stride_; }
+
+  static constexpr int kElements = 16 / sizeof(T);
+
+  __device__ __forceinline__ void CopyTo(uint32_t to, const T* from) const {
+#pragma unroll
+    for (int a = 0; a < P::kAccesses; ++a) CopyAsync16(to + a * stride_, from + a * kElements);
+  }
+
+  // Where the tensor ends within the packet. Not asynchronous, which the waits for the copies do not mind.
+  __device__ __forceinline__ void CopyEnd(uint32_t to, int64_t first) const {
+#pragma unroll
+    for (int a = 0; a < P::kAccesses; ++a) {
+      const auto part = Window<T, kElements>(tensor_, first + a * kElements, total_).Load(0);
+      StoreShared16(to + a * stride_, part.registers);
+    }
+  }
+
+  __device__ __forceinline__ P ReadFrom(uint32_t from) const {
+    P packet;
+#pragma unroll
+    for (int a = 0; a < P::kAccesses; ++a, from += stride_) LoadShared16(from, packet.registers + 4 * a);
+    return packet;
+  }
+
+  const T* tensor_;
+  int64_t total_;
+  uint32_t base_, stride_;
+  bool last_of_run_ = false;
+};
+
+}  // namespace jax_rmsnorm

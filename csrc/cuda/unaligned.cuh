@@ -1,0 +1,178 @@
+// Rows that do not begin at a multiple of 16 bytes, moved in aligned packets all the same.
+//
+// Such a row begins `shift` elements into an aligned packet. Columns belong to threads as in an aligned row,
+// so that a sum has the same bits wherever the row lies: a thread joins its columns out of two packets. What
+// needs no such order, the writing, follows the packets instead: those of the result lie as those of x.
+#pragma once
+
+#include <climits>
+
+#include "packet.cuh"
+
+namespace jax_rmsnorm {
+
+// The elements shift, ..., shift + kSize - 1 of two packets in a row; 0 <= shift < kSize. By powers of two,
+// so that registers are never indexed.
+template <typename T, int kSize>
+__device__ __forceinline__ Packet<T, kSize> Join(const Packet<T, kSize>& low, const Packet<T, kSize>& high,
+                                                 int shift) {
+  constexpr int kRegisters = Packet<T, kSize>::kRegisters;
+  constexpr int kPerRegister = 4 / static_cast<int>(sizeof(T));
+  uint32_t both[2 * kRegisters];
+#pragma unroll
+  for (int i = 0; i < kRegisters; ++i) {
+    both[i] = low.registers[i];
+    both[kRegisters + i] = high.registers[i];
+  }
+#pragma unroll
+  for (int step = kRegisters / 2; step > 0; step /= 2) {
+    const bool take = (shift / kPerRegister & step) != 0;
+#pragma unroll
+    for (int i = 0; i < kRegisters + step; ++i) both[i] = take ? both[i + step] : both[i];
+  }
+  Packet<T, kSize> joined;
+#pragma unroll
+  for (int i = 0; i < kRegisters; ++i) {
+    joined.registers[i] = kPerRegister == 1
+                              ? both[i]
+                              : __funnelshift_r(both[i], both[i + 1], shift % kPerRegister * 8 * sizeof(T));
+  }
+  return joined;
+}
+
+// f(shift), with a constant for `shift` where a whole warp has the same one, so that the compiler can
+template <int kSize, bool kUniform, int kFirst = 0, typename F>
+__device__ __forceinline__ void WithShift(int shift, F&& f) {
+  if constexpr (!kUniform) {
+    f(shift);
+  } else if constexpr (kSize == 1) {
+    f(kFirst);
+  } else if (shift < kFirst + kSize / 2) {
+    WithShift<kSize / 2, true, kFirst>(shift, f);
+  } else {
+    WithShift<kSize / 2, true, kFirst + kSize / 2>(shift, f);
+  }
+}
+
+// A row, or any run of columns, through the aligned packets that hold it: the first one begins `shift`
+// elements before it.
+template <typename T, int kSize>
+class Window {
+ public:
+  // From element `start` of `tensor` on, -kSize < start; the tensor has `total` elements, and others read as
+  // zero.
+  __device__ Window(const T* tensor, int64_t start, int64_t total)
+      : shift(static_cast<int>(start & (kSize - 1))),
+        base_(tensor + (start - shift)),
+        begin_(start < 0 ? kSize : 0),
+        end_(static_cast<int>(min(total - (start - shift), int64_t{INT_MAX - kSize}))) {}
+
+  // The packet `at` elements from the window's first, a multiple of kSize.
+  __device__ __forceinline__ Packet<T, kSize> Load(int at) const {
+    Packet<T, kSize> packet;
+    if (at >= begin_ && at + kSize <= end_) {
+      packet.Load(base_ + at);
+      return packet;
+    }
+    packet.SetZero();
+    if (at < begin_) return packet;
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      if (at + i >= end_) continue;
+      Packet<T, 1> element;
+      element.Load(base_ + at + i);
+      constexpr int kPerRegister = 4 / static_cast<int>(sizeof(T));
+      packet.registers[i / kPerRegister] |= element.registers[0] << (i % kPerRegister * 16);
+    }
+    return packet;
+  }
+
+  // The columns from `column` on, a multiple of kSize.
+  __device__ __forceinline__ Packet<T, kSize> LoadColumns(int column) const {
+    return Join(Load(column), Load(column + kSize), shift);
+  }
+
+  const int shift;
+
+ private:
+  const T* base_;
+  int begin_, end_;
+};
+
+// gamma at the kSize columns from `column` on of a group, whose gamma begins at element `start`. Without
+// kAligned some of the columns may be outside the row; they get any value.
+template <bool kAligned, typename Args, int kSize>
+__device__ __forceinline__ void LoadGamma(const Args& args, int64_t start, int column,
+                                          float (&gamma)[kSize]) {
+  WithType(args.gamma_dtype, [&](auto tag) {
+    using G = decltype(tag);
+    const G* from = static_cast<const G*>(args.gamma);
+    Packet<G, kSize> packet;
+    if (from != nullptr) {
+      if constexpr (kAligned) {
+        packet.Load(from + start + column);
+      } else {
+        packet = Window<G, kSize>(from, start + column, args.shape.groups * args.shape.hidden).LoadColumns(0);
+      }
+    }
+    GetGamma(packet, from != nullptr, args.arithmetic.zero_centered_gamma, gamma);
+  });
+}
+
+// gamma in shared memory, so that each thread can read the kSize columns of a packet wherever the row begins
+// in it: float32 [2 * kSize][kPackets][threads], of which the first kSize are the columns before the
+// thread's own. No bank conflicts, and nothing to join.
+template <int kSize, int kPackets>
+class GammaTable {
+ public:
+  __device__ GammaTable(uint32_t shared, int threads, int thread)
+      : base_(shared + thread * 4), threads_(threads) {}
+
+  __device__ __forceinline__ void Fill(int k, const float (&before)[kSize], const float (&own)[kSize]) const {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      StoreShared(At(i, k), before[i]);
+      StoreShared(At(kSize + i, k), own[i]);
+    }
+  }
+
+  // The columns from `shift` before the thread's own on.
+  __device__ __forceinline__ void Read(int k, int shift, float (&gamma)[kSize]) const {
+    uint32_t from = At(kSize - shift, k);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i, from += kPackets * threads_ * 4) gamma[i] = LoadShared(from);
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t At(int row, int k) const {
+    return base_ + (row * kPackets + k) * threads_ * 4;
+  }
+  uint32_t base_;
+  int threads_;
+};
+
+template <int kSize>
+__device__ __forceinline__ void ZeroBeyond(int hidden, int column, float (&values)[kSize]) {
+  if (column + kSize <= hidden) return;
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    if (column + i >= hidden) values[i] = 0.0f;
+  }
+}
+
+// A packet whose first element is that of column `column` of a row: only columns of this row are written.
+template <typename T, int kSize>
+__device__ __forceinline__ void StoreWithinRow(T* to, int hidden, int column, const float (&values)[kSize]) {
+  if (column >= 0 && column + kSize <= hidden) {
+    Packet<T, kSize> packet;
+    packet.Set(values);
+    packet.Store(to);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    if (column + i >= 0 && column + i < hidden) to[i] = FromFloat<T>(values[i]);
+  }
+}
+
+}  // namespace jax_rmsnorm
