@@ -44,7 +44,8 @@ def rms_norm(
         rounding: "once", at the end; or "before_gamma": the normalized value is rounded to x's dtype and then
             multiplied by γ, as the LLaMA models and ONNX define it.
         dtype: of the result; x's by default.
-        sm_margin: streaming multiprocessors that the GPU kernels leave to others, one number or a `SMMargin`.
+        sm_margin: streaming multiprocessors that the GPU kernels leave to others, one number or a `SMMargin`. The
+            result and x's gradient keep their bits whatever the margin; gamma's gradient is summed in another order.
             None reads the environment variables JAX_RMSNORM_{FORWARD,BACKWARD,INFERENCE}_SM_MARGIN, and where they
             are not set JAX_RMSNORM_SM_MARGIN, when the call is traced.
         implementation: None for the kernel where there is one and plain JAX elsewhere; "kernel" for an error
