@@ -40,7 +40,8 @@ __device__ __forceinline__ Packet<T, kSize> Join(const Packet<T, kSize>& low, co
   return joined;
 }
 
-// f(shift), with a constant for `shift` where a whole warp has the same one, so that the compiler can
+// f(shift), 0 <= shift < kSize; with a constant where a whole warp has the same shift, so that the compiler
+// can rename registers instead of moving them.
 template <int kSize, bool kUniform, int kFirst = 0, typename F>
 __device__ __forceinline__ void WithShift(int shift, F&& f) {
   if constexpr (!kUniform) {
