@@ -1,6 +1,7 @@
 #include "config.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace jax_rmsnorm {
 namespace {
@@ -94,13 +95,37 @@ struct Ring {
   }
 };
 
+constexpr int kForwardBlock = 128;  // threads, for rows shorter than a warp's registers
+
 LaunchConfig ForwardLayout(const Device& device, const Ring& ring, int64_t packets) {
-  constexpr int kPerThread = 4;
-  constexpr int kBlock = 128;  // for rows shorter than a warp's registers
-  if (packets <= 2) return Lanes(packets, 1, kBlock);
-  if (packets <= 8) return Lanes(packets, 2, kBlock);
-  if (packets <= kPerThread * kWarp) return Lanes(packets, kPerThread, kBlock);
+  constexpr int kPerThread = kForwardBytes / 16;
+  if (packets <= 2) return Lanes(packets, 1, kForwardBlock);
+  if (packets <= 8) return Lanes(packets, 2, kForwardBlock);
+  if (packets <= kPerThread * kWarp) return Lanes(packets, kPerThread, kForwardBlock);
   return ring.Place(device, packets, kPerThread);
+}
+
+// Rows that are not aligned to 16 bytes: in narrower packets where they fit into the registers of a block.
+LaunchConfig UnalignedForwardLayout(const Device& device, const Ring& ring, int64_t hidden, DType x,
+                                    Alignment alignment) {
+  const int width =
+      alignment == Alignment::kNone ? 1 : static_cast<int>(std::gcd(hidden, int64_t{ring.width}));
+  const auto per_thread = static_cast<int>(kForwardBytes / (width * SizeOf(x)));
+  const int64_t packets = hidden / width;
+  LaunchConfig config;
+  if (packets <= int64_t{per_thread} * kWarp) {
+    config = Lanes(packets, per_thread, kForwardBlock);
+  } else if (packets <= int64_t{per_thread} * kMaxThreads) {
+    config = Blocks(packets, per_thread, 1);
+  } else if (alignment == Alignment::kTensors) {
+    config = ring.Place(device, PacketsOf(hidden, ring.width, alignment), kForwardBytes / 16);
+    config.width = config.scope == Scope::kLoop ? 1 : ring.width;
+    return config;
+  } else {
+    config = Loop();
+  }
+  config.width = width;
+  return config;
 }
 
 LaunchConfig BackwardLayout(const Device& device, const Ring& ring, int64_t packets) {
@@ -137,19 +162,24 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
   // Packets of a row beyond which a block of ForwardKernel would be half an SM, or more.
   constexpr int64_t kMostPackets = 1024;
   const auto width = static_cast<int>(16 / SizeOf(x));
-  const int64_t packets = PacketsOf(shape.hidden, width, alignment);
   const int64_t room = device.shared_memory - kOtherSharedMemory;
   const Ring ring{width * SizeOf(x), alignment == Alignment::kRows, width, room};
-  LaunchConfig config = alignment == Alignment::kNone ? Loop() : ForwardLayout(device, ring, packets);
+  LaunchConfig config;
+  if (ring.aligned) {
+    config = ForwardLayout(device, ring, shape.hidden / width);
+    config.width = width;
+  } else {
+    config = UnalignedForwardLayout(device, ring, shape.hidden, x, alignment);
+  }
   config.aligned = ring.aligned;
-  config.width = config.scope == Scope::kLoop && !config.aligned ? 1 : width;
   config.most_shared_memory = room;
-  if (config.scope == Scope::kLoop ||
-      (config.aligned && config.cluster == 1 && packets <= kMostPackets && margin == 0)) {
-    // The hardware scheduler deals out the rows.
+  const bool plain = config.cluster == 1 && (config.scope == Scope::kLoop || !config.aligned ||
+                                             (shape.hidden / width <= kMostPackets && margin == 0));
+  if (plain) {  // the hardware scheduler deals out the rows, unless SMs are to be left alone
+    if (margin > 0 && config.scope == Scope::kLanes) config.block = kMaxThreads;
     const int64_t slots = config.block / config.threads_per_row;
-    config.grid = std::min(CeilDiv(shape.groups * shape.rows, slots), kMaxGrid);
-    if (margin > 0) config.grid = std::min<int64_t>(config.grid, UsableSMs(device, margin));
+    const int64_t most = margin > 0 ? UsableSMs(device, margin) : kMaxGrid;
+    config.grid = std::min(CeilDiv(shape.groups * shape.rows, slots), most);
     return config;
   }
   ring.Fill(&config, kMaxThreads);

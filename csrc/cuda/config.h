@@ -29,6 +29,9 @@ constexpr int kMaxThreads = 512;  // a block, at up to 128 registers each
 // and less in a cluster, whose blocks wait for one another. More bytes in flight make the memory slower.
 constexpr int kRowsAhead[3][5] = {{0, 2, 2, 0, 1}, {0, 0, 2, 0, 1}, {0, 0, 1, 0, 1}};
 
+// Of a row that a thread of the plain forward kernel holds.
+constexpr int kForwardBytes = 64;
+
 // Columns, in packets, of a tile of dgamma.
 constexpr int kTilePackets = 8;
 

@@ -9,15 +9,16 @@
 namespace jax_rmsnorm {
 
 // Grid: each item is one row for every `threads_per_row` threads of the block; items are dealt out with the
-// grid as stride. kSize elements a packet, kPackets packets a thread,
-// held in registers between the sum and the write; gamma, of type G, is loaded before the sum where there are
-// registers for it.
+// grid as stride. kSize elements a packet, kPackets packets a thread, held in registers between the sum and
+// the write; gamma, of type G, is loaded before the sum where there are registers for it.
 //
-// Preconditions: all rows are aligned to 16 bytes; the row fits, hidden <= kSize * kPackets * threads_per_row
-// * blocks of the cluster.
+// Preconditions: hidden is a multiple of kSize and all rows are aligned to packets, of 16 bytes at the most;
+// the row fits, hidden <= kSize * kPackets * threads_per_row.
 template <typename T, typename G, int kSize, int kPackets, Scope kScope>
 __global__ __launch_bounds__(kMaxThreads,
-                             2) void ForwardKernel(const __grid_constant__ ForwardParams params) {
+                             kScope == Scope::kLanes && sizeof(G) == 4
+                                 ? 1
+                                 : 2) void ForwardKernel(const __grid_constant__ ForwardParams params) {
   constexpr bool kEarlyGamma = kPackets * Packet<G, kSize>::kRegisters <= 16;
   const ForwardArgs& args = params.args;
   const Arithmetic& arithmetic = args.arithmetic;
@@ -121,22 +122,30 @@ __global__ __launch_bounds__(kMaxThreads) void ForwardLoopKernel(
   }
 }
 
-template <typename T, bool kAligned>
+// Packets of kSize elements, the widest that all rows are aligned to.
+template <typename T, typename G, int kSize>
+auto FindForwardPlain(const LaunchConfig& config) -> void (*)(ForwardParams) {
+  constexpr int kBytes = kSize * static_cast<int>(sizeof(T));
+  constexpr int kPackets = kForwardBytes / kBytes;
+  if (config.scope == Scope::kBlock) return ForwardKernel<T, G, kSize, kPackets, Scope::kBlock>;
+  if constexpr (kBytes == 16) {
+    if (config.packets == 1) return ForwardKernel<T, G, kSize, 1, Scope::kLanes>;
+    if (config.packets == 2) return ForwardKernel<T, G, kSize, 2, Scope::kLanes>;
+  }
+  return ForwardKernel<T, G, kSize, kPackets, Scope::kLanes>;
+}
+
+template <typename T>
 auto FindForwardRing(const LaunchConfig& config) -> void (*)(ForwardParams) {
   constexpr int kSize = 16 / sizeof(T);
-  switch (config.scope) {
-    case Scope::kLanes:
-      return config.packets == 1   ? ForwardRingKernel<T, kSize, 1, Scope::kLanes, kAligned>
-             : config.packets == 2 ? ForwardRingKernel<T, kSize, 2, Scope::kLanes, kAligned>
-                                   : ForwardRingKernel<T, kSize, 4, Scope::kLanes, kAligned>;
-    case Scope::kBlock:
-      return ForwardRingKernel<T, kSize, 4, Scope::kBlock, kAligned>;
-    case Scope::kCluster:
-      return ForwardRingKernel<T, kSize, 4, Scope::kCluster, kAligned>;
-    case Scope::kLoop:
-      break;
+  if (config.scope == Scope::kCluster) {
+    return config.aligned ? ForwardRingKernel<T, kSize, 4, Scope::kCluster, true>
+                          : ForwardRingKernel<T, kSize, 4, Scope::kCluster, false>;
   }
-  return nullptr;
+  if (config.scope == Scope::kBlock) return ForwardRingKernel<T, kSize, 4, Scope::kBlock, true>;
+  return config.packets == 1   ? ForwardRingKernel<T, kSize, 1, Scope::kLanes, true>
+         : config.packets == 2 ? ForwardRingKernel<T, kSize, 2, Scope::kLanes, true>
+                               : ForwardRingKernel<T, kSize, 4, Scope::kLanes, true>;
 }
 
 // The kernel that `config` asks for; the packet counts are those that ConfigureForward hands out.
@@ -146,13 +155,11 @@ auto FindForward(const LaunchConfig& config) -> void (*)(ForwardParams) {
   if (config.scope == Scope::kLoop) {
     return config.aligned ? ForwardLoopKernel<T, G, kSize> : ForwardLoopKernel<T, G, 1>;
   }
-  if (config.ring) {
-    return config.aligned ? FindForwardRing<T, true>(config) : FindForwardRing<T, false>(config);
-  }
-  if (config.scope == Scope::kBlock) return ForwardKernel<T, G, kSize, 4, Scope::kBlock>;
-  return config.packets == 1   ? ForwardKernel<T, G, kSize, 1, Scope::kLanes>
-         : config.packets == 2 ? ForwardKernel<T, G, kSize, 2, Scope::kLanes>
-                               : ForwardKernel<T, G, kSize, 4, Scope::kLanes>;
+  if (config.ring) return FindForwardRing<T>(config);
+  if (config.width == kSize) return FindForwardPlain<T, G, kSize>(config);
+  if (config.width == kSize / 2) return FindForwardPlain<T, G, kSize / 2>(config);
+  if (kSize > 4 && config.width == kSize / 4) return FindForwardPlain<T, G, kSize / 4>(config);
+  return FindForwardPlain<T, G, 1>(config);
 }
 
 template <typename T>
