@@ -260,6 +260,22 @@ def test_calls_of_unequal_length_give_the_mean():
     assert profile.summarize(parse(PROFILE), calls=4).seconds == pytest.approx(23e-6 / 4)
 
 
+def test_time_that_kernels_share_counts_once():
+    """The finish of each call starts 2 us before its kernel ends, and ends with it or 1 us after it."""
+    early = PROFILE.replace(
+        "offset_ps: 6000000 duration_ps: 1000000", "offset_ps: 3000000 duration_ps: 3000000"
+    )
+    early = early.replace(
+        "offset_ps: 15000000 duration_ps: 1000000", "offset_ps: 12000000 duration_ps: 2000000"
+    )
+    early = early.replace(
+        "offset_ps: 27000000 duration_ps: 1000000", "offset_ps: 24000000 duration_ps: 3000000"
+    )
+    found = profile.summarize(parse(early), calls=3)
+    assert found.seconds == pytest.approx(6e-6)
+    assert found.kernels == pytest.approx({"main": 20e-6 / 3, "finish": 8e-6 / 3})
+
+
 def test_a_profile_without_kernels_says_what_it_has():
     with pytest.raises(profile.ProfileError, match="/host:CPU: python"):
         profile.summarize(parse('planes { name: "/host:CPU" lines { name: "python" } }'), calls=1)

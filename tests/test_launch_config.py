@@ -91,9 +91,7 @@ def packet(case: Case, direction: str) -> int:
 
 
 def kernel(config: dict[str, Any]) -> str:
-    if config["scope"] == "loop":
-        return "loop"
-    return "ring" if config["ring"] else "few" if config["few"] else "plain"
+    return "loop" if config["scope"] == "loop" else config["method"]
 
 
 @settings(max_examples=300)
@@ -102,7 +100,7 @@ def test_the_row_fits(case):
     for direction, config in case.both().items():
         assert config["aligned"] == (case.alignment == "rows")
         wide = packet(case, direction)
-        if config["aligned"] or kernel(config) == "ring":
+        if config["aligned"] or kernel(config) in ("ring", "staged"):
             assert config["width"] == wide
         elif kernel(config) == "loop" or case.alignment == "none":
             assert config["width"] == 1
@@ -110,6 +108,9 @@ def test_the_row_fits(case):
             assert config["width"] == math.gcd(wide, case.hidden)
         if config["scope"] == "loop":
             assert config["cluster"] == 1
+        elif kernel(config) == "staged":
+            # A packet may begin and end outside the row, which is read one packet further.
+            assert config["shared_memory"] >= case.hidden * SIZES[case.x] + 32
         else:
             # Where packets do not begin with the row, it may reach into one more.
             extra = 0 if case.hidden % config["width"] == 0 else config["width"] - 1
@@ -121,16 +122,23 @@ def test_the_row_fits(case):
 def test_kernel(case):
     """Persistent blocks share long rows, leave SMs alone, and add up the dgamma of many rows."""
     for direction, config in case.both().items():
-        if kernel(config) in ("few", "plain"):
+        if kernel(config) in ("few", "plain", "staged"):
             assert config["cluster"] == 1
-            assert kernel(config) == ("few" if direction == "backward" else "plain")
+            assert (kernel(config) == "few") == (direction == "backward")
         if kernel(config) == "few":
             assert config["aligned"]
             assert case.margin == 0
         if direction == "backward" and case.alignment == "none":
             assert kernel(config) == "loop"
-        if direction == "forward" and not config["aligned"] and case.hidden <= 8192:
-            assert kernel(config) == "plain"
+        if direction == "forward" and case.alignment == "tensors" and case.hidden <= 20_000:
+            assert kernel(config) in ("plain", "staged")
+        if direction == "forward" and config["aligned"] and case.margin > 0:
+            assert kernel(config) in ("ring", "loop")
+        # A kernel that waits for its predecessor may start before that has ended.
+        assert config["dependent"] == (
+            case.max_cluster > 1
+            and (kernel(config) == "few" or (direction == "forward" and kernel(config) != "ring"))
+        )
 
 
 @settings(max_examples=300)
@@ -148,7 +156,7 @@ def test_threads(case):
         cluster = config["cluster"]
         assert cluster & (cluster - 1) == 0
         assert 1 <= cluster <= case.max_cluster
-        assert (cluster > 1) == (config["scope"] == "cluster")
+        assert cluster == 1 or config["scope"] == "cluster"
         assert config["grid"] >= 1
         assert config["grid"] % cluster == 0
         assert config["grid"] < 2**31
@@ -189,7 +197,7 @@ def test_grid(case):
 @given(cases())
 def test_partials(case):
     config = case.backward()
-    if config["few"]:
+    if kernel(config) == "few":
         assert config["tiles"] * 8 * config["width"] >= case.hidden
         return
     slots = config["block"] // config["threads_per_row"]
@@ -204,8 +212,8 @@ def test_shared_memory(case):
     for direction, config in case.both().items():
         assert config["shared_memory"] <= config["most_shared_memory"] < case.shared_memory
         slots = config["block"] // config["threads_per_row"]
-        if not config["ring"]:
-            assert config["shared_memory"] == 0
+        if kernel(config) != "ring":
+            assert (config["shared_memory"] > 0) == (kernel(config) == "staged")
             continue
         sizes = SIZES[case.x] + (SIZES[case.dy] if direction == "backward" else 0)
         row = config["block"] * config["packets"] * config["width"] * sizes
@@ -218,7 +226,7 @@ def test_shared_memory(case):
 @given(cases())
 def test_few_rows_stay_in_the_cache(case):
     config = case.backward()
-    if config["few"]:
+    if kernel(config) == "few":
         assert case.groups * case.rows * case.hidden * SIZES[case.x] <= 4 << 20
         assert config["block"] >= 8 * config["width"]
 

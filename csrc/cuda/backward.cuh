@@ -37,6 +37,7 @@ __global__ __launch_bounds__(kMaxThreads,
   const int thread = static_cast<int>(threadIdx.x) - slot * threads;
   SplitRowSum<kScope> row_sum(sum_memory, threads, slot, thread);
   LaunchDependents();
+  WaitForPrimary();
   const int64_t elements = args.shape.groups * rows * hidden;
   const uint32_t ring_memory = SharedAddress(shared);
   const PacketRing<T, kSize, kAligned> x_ring(ring_memory, args.x, elements, threads);
@@ -219,6 +220,9 @@ auto FindBackwardAs(const LaunchConfig& config) -> void (*)(BackwardParams) {
     case Scope::kBlock:
       return BackwardKernel<T, D, kSize, 2, Scope::kBlock, kAligned>;
     case Scope::kCluster:
+      if constexpr (kAligned) {
+        if (config.packets == 3) return BackwardKernel<T, D, kSize, 3, Scope::kCluster, true>;
+      }
       return BackwardKernel<T, D, kSize, 2, Scope::kCluster, kAligned>;
     case Scope::kLoop:
       return BackwardLoopKernel < T, D, kAligned ? kSize : 1 > ;
@@ -239,9 +243,9 @@ template <typename T, typename D>
 cudaError_t LaunchBackwardAs(const BackwardArgs& args, const LaunchConfig& config, cudaStream_t stream) {
   const BackwardParams params{args, 1.0f / static_cast<float>(args.shape.hidden), config.threads_per_row,
                               config.blocks_per_group, config.tiles};
-  const auto kernel = config.few       ? FindBackwardFew<T, D>(config)
-                      : config.aligned ? FindBackwardAs<T, D, true>(config)
-                                       : FindBackwardAs<T, D, false>(config);
+  const auto kernel = config.method == Method::kFew ? FindBackwardFew<T, D>(config)
+                      : config.aligned              ? FindBackwardAs<T, D, true>(config)
+                                                    : FindBackwardAs<T, D, false>(config);
   return LaunchKernel(kernel, params, config, stream);
 }
 

@@ -114,6 +114,8 @@ __device__ __forceinline__ void SumTile(const BackwardParams& params, int64_t gr
 template <typename T, typename D, int kSize, int kPackets, Scope kScope>
 __global__ __launch_bounds__(kMaxThreads,
                              2) void BackwardFewKernel(const __grid_constant__ BackwardParams params) {
+  LaunchDependents();
+  WaitForPrimary();
   const int64_t tile = blockIdx.x;
   if (tile < params.tiles * params.args.shape.groups) {
     SumTile<T, D, kSize>(params, tile / params.tiles, static_cast<int>(tile % params.tiles));

@@ -16,6 +16,8 @@ __global__ __launch_bounds__(512) void BackwardLoopKernel(const __grid_constant_
   const int64_t first = static_cast<int64_t>(threadIdx.x) * kSize;
   const int64_t width = static_cast<int64_t>(blockDim.x) * kSize;
   RowSum<Scope::kLoop> row_sum(blockDim.x);
+  LaunchDependents();
+  WaitForPrimary();
 
   const int64_t items = args.shape.groups * params.blocks_per_group;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {

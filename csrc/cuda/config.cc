@@ -34,13 +34,20 @@ LaunchConfig Lanes(int64_t packets, int per_thread, int block) {
   return config;
 }
 
-// A row for `cluster` blocks, or for one.
-LaunchConfig Blocks(int64_t packets, int per_thread, int64_t cluster) {
+// A row for one block.
+LaunchConfig Block(int64_t packets, int per_thread) {
   LaunchConfig config;
-  config.scope = cluster > 1 ? Scope::kCluster : Scope::kBlock;
+  config.scope = Scope::kBlock;
   config.packets = per_thread;
-  config.cluster = static_cast<int>(cluster);
-  config.block = config.threads_per_row = WholeWarps(CeilDiv(packets, per_thread * cluster));
+  config.block = config.threads_per_row = WholeWarps(CeilDiv(packets, per_thread));
+  return config;
+}
+
+// A row for a cluster of blocks.
+LaunchConfig Cluster(int64_t packets, int per_thread, int cluster) {
+  LaunchConfig config = Block(CeilDiv(packets, cluster), per_thread);
+  config.scope = Scope::kCluster;
+  config.cluster = cluster;
   return config;
 }
 
@@ -75,11 +82,19 @@ struct Ring {
     return rows * config.packets * packets * packet_bytes + table;
   }
 
-  // A row for as few blocks as have room for it.
-  LaunchConfig Place(const Device& device, int64_t packets, int per_thread) const {
+  // A row for one block, if it has room.
+  bool PlaceBlock(int64_t packets, int per_thread, LaunchConfig* config) const {
+    if (packets > per_thread * kMaxThreads) return false;
+    *config = Block(packets, per_thread);
+    return Bytes(*config) <= room;
+  }
+
+  // A row for as few blocks of a cluster as have room for it.
+  LaunchConfig PlaceCluster(const Device& device, int64_t packets, int per_thread) const {
+    if (device.max_cluster == 1) return Loop();
     for (int cluster = ClusterFor(packets, per_thread, kMaxThreads); cluster <= device.max_cluster;
          cluster *= 2) {
-      const LaunchConfig config = Blocks(packets, per_thread, cluster);
+      const LaunchConfig config = Cluster(packets, per_thread, cluster);
       if (Bytes(config) <= room) return config;
     }
     return Loop();
@@ -88,41 +103,45 @@ struct Ring {
   // As many rows a block as `threads` allow, and there is room for.
   void Fill(LaunchConfig* config, int threads) const {
     const int unit = std::max(config->threads_per_row, kWarp);
-    if (config->cluster == 1) config->block = std::max(1, threads / unit) * unit;
+    if (config->scope != Scope::kCluster) config->block = std::max(1, threads / unit) * unit;
     while (config->block > unit && Bytes(*config) > room) config->block -= unit;
-    config->ring = true;
+    config->method = Method::kRing;
     config->shared_memory = Bytes(*config);
   }
 };
 
-constexpr int kForwardBlock = 128;  // threads, for rows shorter than a warp's registers
-
 LaunchConfig ForwardLayout(const Device& device, const Ring& ring, int64_t packets) {
-  constexpr int kPerThread = kForwardBytes / 16;
-  if (packets <= 2) return Lanes(packets, 1, kForwardBlock);
-  if (packets <= 8) return Lanes(packets, 2, kForwardBlock);
-  if (packets <= kPerThread * kWarp) return Lanes(packets, kPerThread, kForwardBlock);
-  return ring.Place(device, packets, kPerThread);
+  constexpr int kPerThread = 4;
+  constexpr int kBlock = 128;  // for rows shorter than a warp's registers
+  if (packets <= 2) return Lanes(packets, 1, kBlock);
+  if (packets <= 8) return Lanes(packets, 2, kBlock);
+  if (packets <= kPerThread * kWarp) return Lanes(packets, kPerThread, kBlock);
+  LaunchConfig config;
+  if (ring.PlaceBlock(packets, kPerThread, &config)) return config;
+  return ring.PlaceCluster(device, packets, kPerThread);
 }
 
-// Rows that are not aligned to 16 bytes: in narrower packets where they fit into the registers of a block.
-LaunchConfig UnalignedForwardLayout(const Device& device, const Ring& ring, int64_t hidden, DType x,
-                                    Alignment alignment) {
-  const int width =
-      alignment == Alignment::kNone ? 1 : static_cast<int>(std::gcd(hidden, int64_t{ring.width}));
-  const auto per_thread = static_cast<int>(kForwardBytes / (width * SizeOf(x)));
+// Rows that are not aligned to 16 bytes: in narrower packets, as far as rows are aligned to them and fit into
+// the registers of a block, or else by way of shared memory.
+LaunchConfig UnalignedForwardLayout(int64_t hidden, int wide, DType x, int64_t room) {
+  constexpr int kFew = 4, kBlock = 128;
+  const auto width = static_cast<int>(std::gcd(hidden, int64_t{wide}));
+  const auto many = static_cast<int>(kForwardBytes / (width * SizeOf(x)));
   const int64_t packets = hidden / width;
   LaunchConfig config;
-  if (packets <= int64_t{per_thread} * kWarp) {
-    config = Lanes(packets, per_thread, kForwardBlock);
-  } else if (packets <= int64_t{per_thread} * kMaxThreads) {
-    config = Blocks(packets, per_thread, 1);
-  } else if (alignment == Alignment::kTensors) {
-    config = ring.Place(device, PacketsOf(hidden, ring.width, alignment), kForwardBytes / 16);
-    config.width = config.scope == Scope::kLoop ? 1 : ring.width;
-    return config;
+  if (packets <= kFew * kWarp) {
+    config = Lanes(packets, kFew, kBlock);
+  } else if (packets <= many * kWarp / 2) {
+    config = Lanes(packets, many, kBlock);
+  } else if (width > 1 && packets <= many * kMaxThreads) {
+    config = Block(packets, many);
   } else {
-    config = Loop();
+    const int64_t wide_packets = CeilDiv(hidden, wide);
+    config = Block(wide_packets, static_cast<int>(std::max<int64_t>(4, CeilDiv(wide_packets, kMaxThreads))));
+    config.method = Method::kStaged;
+    config.width = wide;
+    config.shared_memory = StageBytes(hidden * SizeOf(x));
+    return config.shared_memory <= room ? config : Loop();
   }
   config.width = width;
   return config;
@@ -131,7 +150,13 @@ LaunchConfig UnalignedForwardLayout(const Device& device, const Ring& ring, int6
 LaunchConfig BackwardLayout(const Device& device, const Ring& ring, int64_t packets) {
   const int per_thread = packets == 1 ? 1 : 2;
   if (packets <= per_thread * kWarp) return Lanes(packets, per_thread, kWarp);
-  return ring.Place(device, packets, per_thread);
+  LaunchConfig config;
+  if (ring.PlaceBlock(packets, per_thread, &config)) return config;
+  config = ring.PlaceCluster(device, packets, per_thread);
+  if (!ring.aligned) return config;
+  // Of blocks with two packets a thread and with three, those with more threads.
+  const LaunchConfig three = ring.PlaceCluster(device, packets, 3);
+  return three.scope == Scope::kCluster && three.block > config.block ? three : config;
 }
 
 // Whether rows are so few that dx and dgamma are better computed side by side: all of x and dy stays in the
@@ -159,7 +184,7 @@ int ResidentBlocks(const Device& device, int cluster, int margin) {
 
 LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x, Alignment alignment,
                               int margin) {
-  // Packets of a row beyond which a block of ForwardKernel would be half an SM, or more.
+  // Packets of a row that a block of ForwardKernel can have and be no more than a quarter of an SM.
   constexpr int64_t kMostPackets = 1024;
   const auto width = static_cast<int>(16 / SizeOf(x));
   const int64_t room = device.shared_memory - kOtherSharedMemory;
@@ -168,26 +193,31 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
   if (ring.aligned) {
     config = ForwardLayout(device, ring, shape.hidden / width);
     config.width = width;
+    const bool one_block = config.scope == Scope::kLanes || config.scope == Scope::kBlock;
+    if (config.scope == Scope::kCluster || (one_block && margin > 0)) {
+      ring.Fill(&config, kMaxThreads);
+    } else if (one_block && shape.hidden / width > kMostPackets) {
+      config.method = Method::kStaged;
+      config.shared_memory = StageBytes(shape.hidden * SizeOf(x));
+    }
+  } else if (alignment == Alignment::kTensors) {
+    config = UnalignedForwardLayout(shape.hidden, width, x, room);
   } else {
-    config = UnalignedForwardLayout(device, ring, shape.hidden, x, alignment);
+    config = Loop();
   }
   config.aligned = ring.aligned;
   config.most_shared_memory = room;
-  const bool plain = config.cluster == 1 && (config.scope == Scope::kLoop || !config.aligned ||
-                                             (shape.hidden / width <= kMostPackets && margin == 0));
-  if (plain) {  // the hardware scheduler deals out the rows, unless SMs are to be left alone
-    if (margin > 0 && config.scope == Scope::kLanes) config.block = kMaxThreads;
-    const int64_t slots = config.block / config.threads_per_row;
+  const int64_t slots = config.block / config.threads_per_row;
+  if (config.method == Method::kRing) {
+    const int64_t resident = ResidentBlocks(device, config.cluster, margin);
+    config.blocks_per_group = std::max<int64_t>(
+        1, std::min(CeilDiv(shape.rows, slots), resident / std::max<int64_t>(1, shape.groups)));
+    config.grid = std::min(resident, config.blocks_per_group * shape.groups) * config.cluster;
+  } else {  // the hardware scheduler deals out the rows, unless SMs are to be left alone
     const int64_t most = margin > 0 ? UsableSMs(device, margin) : kMaxGrid;
     config.grid = std::min(CeilDiv(shape.groups * shape.rows, slots), most);
-    return config;
+    config.dependent = device.dependent_launch;
   }
-  ring.Fill(&config, kMaxThreads);
-  const int64_t slots = config.block / config.threads_per_row;
-  const int64_t resident = ResidentBlocks(device, config.cluster, margin);
-  config.blocks_per_group = std::max<int64_t>(
-      1, std::min(CeilDiv(shape.rows, slots), resident / std::max<int64_t>(1, shape.groups)));
-  config.grid = std::min(resident, config.blocks_per_group * shape.groups) * config.cluster;
   return config;
 }
 
@@ -209,7 +239,8 @@ LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x
   const int few_threads = lanes ? kFewThreads : config.threads_per_row;
   if (config.aligned && (lanes || config.scope == Scope::kBlock) && margin == 0 &&
       AreFew(shape, x, few_threads)) {
-    config.few = true;
+    config.method = Method::kFew;
+    config.dependent = device.dependent_launch;
     config.block = few_threads;
     config.tiles = partial_rows == 0 ? 0 : CeilDiv(packets, kTilePackets);
     config.grid = config.tiles * shape.groups +

@@ -16,6 +16,14 @@ enum class Scope : int32_t {
   kLoop,     // a block that reads the row twice: rows too long for all of the above
 };
 
+// How a kernel gets at its rows.
+enum class Method : int32_t {
+  kPlain,   // straight into registers; the hardware deals out blocks of one row, or of a few
+  kStaged,  // the same by way of shared memory: long rows, and those aligned to no packet
+  kRing,    // persistent blocks, one an SM, fed by asynchronous copies
+  kFew,     // backward: tiles of dgamma and rows of dx side by side
+};
+
 // What all rows of all operands have in common, which decides how they can be read.
 enum class Alignment : int32_t {
   kRows,     // they begin at multiples of 16 bytes
@@ -27,9 +35,13 @@ constexpr int kMaxThreads = 512;  // a block, at up to 128 registers each
 
 // Rows that a ring copies ahead of the one that is read, by scope and packets a thread: some 64 KiB an SM,
 // and less in a cluster, whose blocks wait for one another. More bytes in flight make the memory slower.
-constexpr int kRowsAhead[3][5] = {{0, 2, 2, 0, 1}, {0, 0, 2, 0, 1}, {0, 0, 1, 0, 1}};
+constexpr int kRowsAhead[3][5] = {{0, 2, 2, 0, 1}, {0, 0, 2, 0, 1}, {0, 0, 1, 1, 1}};
 
-// Of a row that a thread of the plain forward kernel holds.
+// Shared memory for a row, which may begin and end within a packet of 16 bytes and is read one packet
+// further.
+constexpr int64_t StageBytes(int64_t bytes) { return (bytes + 15) / 16 * 16 + 2 * 16; }
+
+// Of a row that a thread of the plain forward kernel holds where it takes no more than the row needs.
 constexpr int kForwardBytes = 64;
 
 // Columns, in packets, of a tile of dgamma.
@@ -41,13 +53,15 @@ constexpr int kOtherSharedMemory = 7 * 1024;
 
 struct Device {
   int sm_count = 0;
-  int shared_memory = 0;  // bytes that one block can have, and (about) all that an SM has
-  int max_cluster = 1;    // 1: the device, or the code compiled for it, has no clusters
+  int shared_memory = 0;          // bytes that one block can have, and (about) all that an SM has
+  int max_cluster = 1;            // 1: the device, or the code compiled for it, has no clusters
+  bool dependent_launch = false;  // programmatic dependent launch, likewise
   // Clusters of 2, 4, 8 and 16 blocks that can run at the same time, a block an SM; 0: not known.
   int resident_clusters[4] = {};
 };
 
 struct LaunchConfig {
+  Method method = Method::kPlain;
   Scope scope = Scope::kLanes;
   bool aligned = false;            // rows, to 16 bytes
   int width = 1;                   // elements a packet
@@ -56,9 +70,8 @@ struct LaunchConfig {
   int block = 32;                  // threads a block
   int cluster = 1;                 // blocks a row
   int64_t grid = 0;                // blocks; a multiple of `cluster`
-  bool ring = false;               // persistent blocks, one an SM, fed by asynchronous copies
-  bool few = false;                // backward: tiles of dgamma and rows of dx side by side
-  int64_t tiles = 0;               // of a group's dgamma, if so
+  bool dependent = false;          // launched while the stream's last kernel ends, which it waits for
+  int64_t tiles = 0;               // kFew: of a group's dgamma
   int64_t blocks_per_group = 0;    // persistent blocks (or clusters) that share the rows of one group
   int64_t shared_memory = 0;       // dynamic, in bytes
   int64_t most_shared_memory = 0;  // that a launch may ask for: the same for all, see LaunchKernel

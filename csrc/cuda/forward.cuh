@@ -5,6 +5,7 @@
 
 #include "forward_common.cuh"
 #include "forward_ring.cuh"
+#include "forward_staged.cuh"
 
 namespace jax_rmsnorm {
 
@@ -31,6 +32,8 @@ __global__ __launch_bounds__(kMaxThreads,
   const int slot = kScope == Scope::kLanes ? static_cast<int>(threadIdx.x) / threads : 0;
   const int thread = static_cast<int>(threadIdx.x) - slot * threads;
   RowSum<kScope> row_sum(threads);
+  LaunchDependents();
+  WaitForPrimary();
 
   const auto column = [&](int k) { return (k * threads + thread) * kSize; };
 
@@ -90,6 +93,8 @@ __global__ __launch_bounds__(kMaxThreads) void ForwardLoopKernel(
   const int64_t first = static_cast<int64_t>(threadIdx.x) * kSize;
   const int64_t step = static_cast<int64_t>(blockDim.x) * kSize;
   RowSum<Scope::kLoop> row_sum(blockDim.x);
+  LaunchDependents();
+  WaitForPrimary();
 
   for (int64_t row = blockIdx.x; row < params.items; row += gridDim.x) {
     const T* x_row = static_cast<const T*>(args.x) + row * hidden;
@@ -126,36 +131,40 @@ __global__ __launch_bounds__(kMaxThreads) void ForwardLoopKernel(
 template <typename T, typename G, int kSize>
 auto FindForwardPlain(const LaunchConfig& config) -> void (*)(ForwardParams) {
   constexpr int kBytes = kSize * static_cast<int>(sizeof(T));
-  constexpr int kPackets = kForwardBytes / kBytes;
-  if (config.scope == Scope::kBlock) return ForwardKernel<T, G, kSize, kPackets, Scope::kBlock>;
+  constexpr int kMany = kForwardBytes / kBytes;
   if constexpr (kBytes == 16) {
     if (config.packets == 1) return ForwardKernel<T, G, kSize, 1, Scope::kLanes>;
     if (config.packets == 2) return ForwardKernel<T, G, kSize, 2, Scope::kLanes>;
   }
-  return ForwardKernel<T, G, kSize, kPackets, Scope::kLanes>;
+  if (config.scope == Scope::kBlock) return ForwardKernel<T, G, kSize, kMany, Scope::kBlock>;
+  return config.packets == 4 ? ForwardKernel<T, G, kSize, 4, Scope::kLanes>
+                             : ForwardKernel<T, G, kSize, kMany, Scope::kLanes>;
+}
+
+template <typename T, typename G>
+auto FindForwardStaged(const LaunchConfig& config) -> void (*)(ForwardParams) {
+  return config.aligned ? ForwardStagedKernel<T, G, true> : ForwardStagedKernel<T, G, false>;
 }
 
 template <typename T>
 auto FindForwardRing(const LaunchConfig& config) -> void (*)(ForwardParams) {
   constexpr int kSize = 16 / sizeof(T);
-  if (config.scope == Scope::kCluster) {
-    return config.aligned ? ForwardRingKernel<T, kSize, 4, Scope::kCluster, true>
-                          : ForwardRingKernel<T, kSize, 4, Scope::kCluster, false>;
-  }
-  if (config.scope == Scope::kBlock) return ForwardRingKernel<T, kSize, 4, Scope::kBlock, true>;
-  return config.packets == 1   ? ForwardRingKernel<T, kSize, 1, Scope::kLanes, true>
-         : config.packets == 2 ? ForwardRingKernel<T, kSize, 2, Scope::kLanes, true>
-                               : ForwardRingKernel<T, kSize, 4, Scope::kLanes, true>;
+  if (config.scope == Scope::kCluster) return ForwardRingKernel<T, kSize, 4, Scope::kCluster>;
+  if (config.scope == Scope::kBlock) return ForwardRingKernel<T, kSize, 4, Scope::kBlock>;
+  return config.packets == 1   ? ForwardRingKernel<T, kSize, 1, Scope::kLanes>
+         : config.packets == 2 ? ForwardRingKernel<T, kSize, 2, Scope::kLanes>
+                               : ForwardRingKernel<T, kSize, 4, Scope::kLanes>;
 }
 
 // The kernel that `config` asks for; the packet counts are those that ConfigureForward hands out.
 template <typename T, typename G>
 auto FindForward(const LaunchConfig& config) -> void (*)(ForwardParams) {
-  constexpr int kSize = 16 / sizeof(T);
   if (config.scope == Scope::kLoop) {
-    return config.aligned ? ForwardLoopKernel<T, G, kSize> : ForwardLoopKernel<T, G, 1>;
+    return config.aligned ? ForwardLoopKernel<T, G, 16 / sizeof(T)> : ForwardLoopKernel<T, G, 1>;
   }
-  if (config.ring) return FindForwardRing<T>(config);
+  if (config.method == Method::kRing) return FindForwardRing<T>(config);
+  if (config.method == Method::kStaged) return FindForwardStaged<T, G>(config);
+  constexpr int kSize = 16 / sizeof(T);
   if (config.width == kSize) return FindForwardPlain<T, G, kSize>(config);
   if (config.width == kSize / 2) return FindForwardPlain<T, G, kSize / 2>(config);
   if (kSize > 4 && config.width == kSize / 4) return FindForwardPlain<T, G, kSize / 4>(config);

@@ -1,5 +1,5 @@
-// The forward kernel of persistent blocks: rows that are not aligned, rows too long for the registers of a
-// small block, and whatever is to leave SMs to others.
+// The forward kernel of persistent blocks: rows too long for one block, and whatever is to leave SMs to
+// others.
 #pragma once
 
 #include "forward_common.cuh"
@@ -9,10 +9,10 @@ namespace jax_rmsnorm {
 
 // Grid: block (or cluster) b takes the rows b, b + blocks, ..., or runs of rows where it has several slots.
 // As in the backward, a thread adds up its part of row t, hands it in, and only then asks for the sum of row
-// t - 1 and writes that row. gamma stays in registers, or in shared memory where rows are not aligned.
+// t - 1 and writes that row. gamma stays in registers.
 //
-// Preconditions: as for ForwardKernel; the same bits.
-template <typename T, int kSize, int kPackets, Scope kScope, bool kAligned>
+// Preconditions: as for ForwardKernel, a row of the cluster's blocks together; the same bits.
+template <typename T, int kSize, int kPackets, Scope kScope>
 __global__ __launch_bounds__(kMaxThreads,
                              1) void ForwardRingKernel(const __grid_constant__ ForwardParams params) {
   constexpr int kAhead = kRowsAhead[static_cast<int>(kScope)][kPackets];
@@ -29,17 +29,16 @@ __global__ __launch_bounds__(kMaxThreads,
   const int slot = kScope == Scope::kCluster ? 0 : static_cast<int>(threadIdx.x) / threads;
   const int thread = static_cast<int>(threadIdx.x) - slot * threads;
   SplitRowSum<kScope> row_sum(sum_memory, threads, slot, thread);
+  LaunchDependents();
+  WaitForPrimary();
   const int64_t elements = args.shape.groups * rows * hidden;
-  const uint32_t ring_memory = SharedAddress(shared);
-  const PacketRing<T, kSize, kAligned> ring(ring_memory, args.x, elements, threads);
-  const GammaTable<kSize, kPackets> table(ring_memory + kPlaces * ring.Bytes(), threads, thread);
+  const PacketRing<T, kSize, true> ring(SharedAddress(shared), args.x, elements, threads);
 
   int column[kPackets];
 #pragma unroll
   for (int k = 0; k < kPackets; ++k) {
     column[k] = ((k * place.blocks + place.rank) * threads + thread) * kSize;
   }
-  const auto shift_of = [](int64_t start) { return kAligned ? 0 : static_cast<int>(start & (kSize - 1)); };
   const int64_t items = args.shape.groups * params.blocks_per_group;
   const int64_t step = params.blocks_per_group * slots;
   const int64_t row_step = step * hidden;
@@ -55,11 +54,7 @@ __global__ __launch_bounds__(kMaxThreads,
     int64_t start = row * hidden;
     // Copies packet k of the row at element `begin` to the ring's row that starts at place `at`.
     const auto copy = [&](int at, int k, int64_t begin, bool inside) {
-      const int shift = shift_of(begin);
-      if (inside && column[k] - shift < hidden) {
-        const bool whole = begin + hidden + 2 * kSize <= elements;
-        ring.Copy(at + k, begin + column[k] - shift, whole);
-      }
+      if (inside && column[k] < hidden) ring.Copy(at + k, begin + column[k], true);
       CommitCopies();
     };
 #pragma unroll
@@ -74,17 +69,11 @@ __global__ __launch_bounds__(kMaxThreads,
 #pragma unroll
       for (int i = 0; i < kSize; ++i) gamma[k][i] = 0.0f;
       if (column[k] < hidden) {
-        LoadGamma<kAligned>(args, group * hidden, column[k], gamma[k]);
-      } else if (kAligned) {  // nothing is copied there
+        LoadGamma<true>(args, group * hidden, column[k], gamma[k]);
+      } else {  // nothing is copied there
         for (int to = k; to < kPlaces; to += kPackets) ring.Zero(to);
       }
-      if constexpr (!kAligned) {
-        float before[kSize] = {};
-        if (column[k] > 0) LoadGamma<false>(args, group * hidden, column[k] - kSize, before);
-        if (slot == 0) table.Fill(k, before, gamma[k]);
-      }
     }
-    if constexpr (!kAligned) __syncthreads();
 
     // The ring's places of the rows of this turn and of the last one, and of the row to be copied.
     int from = 0, last_from = 0, to = kAhead * kPackets;
@@ -96,17 +85,9 @@ __global__ __launch_bounds__(kMaxThreads,
         for (int k = 0; k < kPackets; ++k) {
           WaitCopies<kAhead * kPackets - 1>();
           copy(to, k, start + kAhead * row_step, t + kAhead < my_turns);
-          if constexpr (!kAligned) __syncwarp();  // for the copies of the next lane
           if (t >= my_turns) continue;
           float x[kSize];
-          if constexpr (kAligned) {
-            ring.Read(from + k).Get(x);
-          } else {
-            WithShift<kSize, kScope != Scope::kLanes>(shift_of(start), [&](int shift) {
-              Join(ring.Read(from + k), ring.ReadNext(from + k), shift).Get(x);
-            });
-            ZeroBeyond(hidden, column[k], x);
-          }
+          ring.Read(from + k).Get(x);
           sum += SumOfSquares(x);
         }
         row_sum.Post(turn + t, sum);
@@ -116,25 +97,13 @@ __global__ __launch_bounds__(kMaxThreads,
         if (t <= my_turns) {
           if (args.rrms != nullptr && thread == 0 && place.rank == 0) args.rrms[row - step] = rrms;
           const int64_t last_start = start - row_step;
-          const int shift = shift_of(last_start);
 #pragma unroll
           for (int k = 0; k < kPackets; ++k) {
-            const int first_column = column[k] - shift;
-            if (first_column >= hidden) continue;
+            if (column[k] >= hidden) continue;
             float x[kSize], y[kSize];
             ring.Read(last_from + k).Get(x);
-            if constexpr (kAligned) {
-              Normalize<T>(x, rrms, gamma[k], arithmetic.round_before_gamma, y);
-              StoreAs(args.y_dtype, args.y, last_start + first_column, y);
-            } else {
-              float gamma_here[kSize];
-              table.Read(k, shift, gamma_here);
-              Normalize<T>(x, rrms, gamma_here, arithmetic.round_before_gamma, y);
-              WithType(args.y_dtype, [&](auto tag) {
-                auto* y_at = static_cast<decltype(tag)*>(args.y) + last_start + first_column;
-                StoreWithinRow(y_at, hidden, first_column, y);
-              });
-            }
+            Normalize<T>(x, rrms, gamma[k], arithmetic.round_before_gamma, y);
+            StoreAs(args.y_dtype, args.y, last_start + column[k], y);
           }
         }
       }
@@ -146,7 +115,6 @@ __global__ __launch_bounds__(kMaxThreads,
     }
     turn += turns;
     WaitCopies<0>();
-    if constexpr (!kAligned) __syncthreads();  // the table is read no more
   }
 }
 

@@ -48,6 +48,7 @@ __global__ __launch_bounds__(kFinishColumns* kFinishRows) void FinishKernel(
     void* __restrict__ dgamma, DType dtype) {
   __shared__ float sums[kFinishRows][kFinishColumns];
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kFinishColumns + threadIdx.x;
+  LaunchDependents();
   WaitForPrimary();
   for (int64_t group = blockIdx.y; group < groups; group += gridDim.y) {
     float sum = 0.0f;
@@ -82,7 +83,7 @@ cudaError_t LaunchFinish(const BackwardArgs& args, const Device& device, int64_t
   launch.blockDim = dim3(kFinishColumns, static_cast<unsigned>(rows));
   launch.stream = stream;
   launch.attrs = &attribute;
-  launch.numAttrs = device.max_cluster > 1 ? 1 : 0;
+  launch.numAttrs = device.dependent_launch ? 1 : 0;
   return cudaLaunchKernelEx(&launch, FinishKernel, static_cast<const float*>(args.partials),
                             args.partial_rows, static_cast<int>(count), shape.groups, shape.hidden,
                             args.dgamma, args.gamma_dtype);
@@ -139,12 +140,13 @@ cudaError_t CurrentDevice(Device* device) {
     error = cudaDeviceGetAttribute(value, attribute, ordinal);
     if (error != cudaSuccess) return error;
   }
-  // Clusters need code compiled for 9.0 or later, which is not what an older build's PTX becomes on a newer
-  // chip. 16 blocks are what data-centre chips allow beyond the portable 8.
+  // Clusters and dependent launches need code compiled for 9.0 or later, which is not what an older build's
+  // PTX becomes on a newer chip. 16 blocks are what data-centre chips allow beyond the portable 8.
   cudaFuncAttributes attributes;
   error = cudaFuncGetAttributes(&attributes, FinishKernel);
   if (error != cudaSuccess) return error;
-  device->max_cluster = major < 9 || attributes.ptxVersion < 90 ? 1 : major < 12 ? 16 : 8;
+  device->dependent_launch = major >= 9 && attributes.ptxVersion >= 90;
+  device->max_cluster = !device->dependent_launch ? 1 : major < 12 ? 16 : 8;
   if (device->max_cluster > 1) CountResidentClusters(device);
   devices[ordinal] = *device;
   return cudaSuccess;
@@ -185,7 +187,8 @@ cudaError_t LaunchBackward(const BackwardArgs& args, int margin, cudaStream_t st
       return LaunchBackwardAs<decltype(x), decltype(dy)>(args, config, stream);
     });
   });
-  if (error != cudaSuccess || args.dgamma == nullptr || config.few || config.blocks_per_group == 1)
+  if (error != cudaSuccess || args.dgamma == nullptr || config.method == Method::kFew ||
+      config.blocks_per_group == 1)
     return error;
   return LaunchFinish(args, device, config.blocks_per_group, stream);
 }

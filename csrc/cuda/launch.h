@@ -50,17 +50,23 @@ cudaError_t LaunchKernel(void (*kernel)(Params), const Params& params, const Lau
         cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(config.cluster);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2]{};
+  unsigned count = 0;
+  if (config.dependent) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (config.scope == Scope::kCluster) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {static_cast<unsigned>(config.cluster), 1, 1};
+  }
   cudaLaunchConfig_t launch{};
   launch.gridDim = dim3(static_cast<unsigned>(config.grid));
   launch.blockDim = dim3(static_cast<unsigned>(config.block));
   launch.dynamicSmemBytes = static_cast<size_t>(config.shared_memory);
   launch.stream = stream;
-  launch.attrs = &attribute;
-  launch.numAttrs = config.cluster > 1 ? 1 : 0;
+  launch.attrs = attributes;
+  launch.numAttrs = count;
   Params copy = params;
   void* arguments[] = {&copy};
   return cudaLaunchKernelExC(&launch, function, arguments);

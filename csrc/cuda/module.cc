@@ -36,8 +36,10 @@ Alignment ParseAlignment(const std::string& name) {
 }
 
 nb::dict ToDict(const LaunchConfig& config) {
+  constexpr const char* kMethods[] = {"plain", "staged", "ring", "few"};
   constexpr const char* kScopes[] = {"lanes", "block", "cluster", "loop"};
   nb::dict dict;
+  dict["method"] = kMethods[static_cast<int>(config.method)];
   dict["scope"] = kScopes[static_cast<int>(config.scope)];
   dict["aligned"] = config.aligned;
   dict["width"] = config.width;
@@ -46,8 +48,7 @@ nb::dict ToDict(const LaunchConfig& config) {
   dict["block"] = config.block;
   dict["cluster"] = config.cluster;
   dict["grid"] = config.grid;
-  dict["ring"] = config.ring;
-  dict["few"] = config.few;
+  dict["dependent"] = config.dependent;
   dict["tiles"] = config.tiles;
   dict["shared_memory"] = config.shared_memory;
   dict["most_shared_memory"] = config.most_shared_memory;
@@ -57,16 +58,16 @@ nb::dict ToDict(const LaunchConfig& config) {
 
 nb::dict ForwardConfig(int64_t rows, int64_t hidden, const std::string& x, const std::string& alignment,
                        int sm_count, int shared_memory, int max_cluster, int margin) {
-  return ToDict(ConfigureForward({sm_count, shared_memory, max_cluster}, {1, rows, hidden}, ParseDType(x),
-                                 ParseAlignment(alignment), margin));
+  return ToDict(ConfigureForward({sm_count, shared_memory, max_cluster, max_cluster > 1}, {1, rows, hidden},
+                                 ParseDType(x), ParseAlignment(alignment), margin));
 }
 
 nb::dict BackwardConfig(int64_t rows, int64_t hidden, const std::string& x, const std::string& dy,
                         const std::string& alignment, int64_t groups, int64_t partial_rows, int sm_count,
                         int shared_memory, int max_cluster, int margin) {
-  return ToDict(ConfigureBackward({sm_count, shared_memory, max_cluster}, {groups, rows, hidden},
-                                  ParseDType(x), ParseDType(dy), ParseAlignment(alignment), partial_rows,
-                                  margin));
+  return ToDict(ConfigureBackward({sm_count, shared_memory, max_cluster, max_cluster > 1},
+                                  {groups, rows, hidden}, ParseDType(x), ParseDType(dy),
+                                  ParseAlignment(alignment), partial_rows, margin));
 }
 
 }  // namespace

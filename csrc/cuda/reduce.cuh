@@ -119,6 +119,7 @@ class SplitRowSum {
     lane_ = threadIdx.x % 32;
     warps_ = threads_per_row / 32;
     blocks_ = place.blocks;
+    across_ = kScope == Scope::kCluster && blocks_ > 1;
     barriers_ = SharedAddress(&shared.barriers[0][slot]);
     const int warp = thread / 32;
     const int first = slot * ((warps_ + 3) / 4 * 4);
@@ -132,12 +133,12 @@ class SplitRowSum {
     leader_ = thread == 0;
     if (leader_) {
       // In a cluster the sums themselves count, by their bytes.
-      const unsigned count = kScope == Scope::kCluster ? 1 : warps_;
+      const unsigned count = across_ ? 1 : warps_;
       for (unsigned i = 0; i < kBuffers; ++i) {
         asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(Barrier(i)), "r"(count) : "memory");
       }
     }
-    if constexpr (kScope == Scope::kCluster) {
+    if (across_) {
 #if __CUDA_ARCH__ >= 900
       // A block's shared memory may be written from afar only once the block has started. The first Post
       // waits for that, and loads can be issued until then.
@@ -159,7 +160,7 @@ class SplitRowSum {
     const unsigned buffer = turn % kBuffers;
     const uint32_t to = write_to_ + buffer * kSums * sizeof(float);
     value = SumWarp(value);
-    if constexpr (kScope == Scope::kCluster) {
+    if (across_) {
 #if __CUDA_ARCH__ >= 900
       if (turn == 0) asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
       __syncwarp();  // all lanes have read before this warp hands in
@@ -236,6 +237,7 @@ class SplitRowSum {
   int lanes_;
   int lane_ = 0, warps_ = 1, blocks_ = 1;
   bool leader_ = false;
+  bool across_ = false;  // the row has more than one block
   uint32_t barriers_ = 0, read_from_ = 0, write_to_ = 0;
   float current_ = 0, previous_ = 0;  // kLanes: the last two sums
   unsigned last_turn_ = 0;

@@ -100,24 +100,28 @@ class Window {
   int begin_, end_;
 };
 
-// gamma at the kSize columns from `column` on of a group, whose gamma begins at element `start`. Without
-// kAligned some of the columns may be outside the row; they get any value.
+// gamma, of type G, at the kSize columns from `column` on of a group, whose gamma begins at element `start`.
+// Without kAligned some of the columns may be outside the row; they get any value.
+template <typename G, bool kAligned, typename Args, int kSize>
+__device__ __forceinline__ void LoadGammaAs(const Args& args, int64_t start, int column,
+                                            float (&gamma)[kSize]) {
+  const G* from = static_cast<const G*>(args.gamma);
+  Packet<G, kSize> packet;
+  if (from != nullptr) {
+    if constexpr (kAligned) {
+      packet.Load(from + start + column);
+    } else {
+      packet = Window<G, kSize>(from, start + column, args.shape.groups * args.shape.hidden).LoadColumns(0);
+    }
+  }
+  GetGamma(packet, from != nullptr, args.arithmetic.zero_centered_gamma, gamma);
+}
+
 template <bool kAligned, typename Args, int kSize>
 __device__ __forceinline__ void LoadGamma(const Args& args, int64_t start, int column,
                                           float (&gamma)[kSize]) {
-  WithType(args.gamma_dtype, [&](auto tag) {
-    using G = decltype(tag);
-    const G* from = static_cast<const G*>(args.gamma);
-    Packet<G, kSize> packet;
-    if (from != nullptr) {
-      if constexpr (kAligned) {
-        packet.Load(from + start + column);
-      } else {
-        packet = Window<G, kSize>(from, start + column, args.shape.groups * args.shape.hidden).LoadColumns(0);
-      }
-    }
-    GetGamma(packet, from != nullptr, args.arithmetic.zero_centered_gamma, gamma);
-  });
+  WithType(args.gamma_dtype,
+           [&](auto tag) { LoadGammaAs<decltype(tag), kAligned>(args, start, column, gamma); });
 }
 
 // gamma in shared memory, so that each thread can read the kSize columns of a packet wherever the row begins

@@ -29,11 +29,11 @@ def test_every_layout_is_among_the_shapes():
             for margin in (0, 1):
                 alignment = "tensors" if hidden % 8 else "rows"
                 config = configure(rows=5, hidden=hidden, x=x, alignment=alignment, margin=margin)
-                kernel = "ring" if config["ring"] else "few" if config["few"] else "plain"
-                seen.add((kernel, config["scope"], config["aligned"]))
+                seen.add((config["method"], config["scope"], config["aligned"]))
     assert seen == {
         *itertools.product(("ring",), ("lanes", "block", "cluster"), (True, False)),
         *itertools.product(("plain",), ("lanes", "block", "loop"), (True, False)),
+        *itertools.product(("staged",), ("block",), (True, False)),
         *itertools.product(("few",), ("lanes", "block"), (True,)),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +23,11 @@ class ProfileError(Exception):
 
 
 class DeviceTime(NamedTuple):
-    """Seconds that a call's kernels take, gaps between them left out; and of each kernel, by its name."""
+    """Seconds of a call in which a kernel runs, gaps left out; and the duration of each kernel, by its name.
+
+    A kernel may start before the one in front of it has ended (programmatic dependent launch): what they share counts
+    once, for the first.
+    """
 
     seconds: float
     events_per_call: float
@@ -65,10 +70,9 @@ def summarize(data: Any, calls: int) -> DeviceTime:
         raise ProfileError(f"no events on a stream of a GPU; the profile has {_describe(data)}")
     per_call = len(events) / calls
     if per_call.is_integer():
-        sums = [sum(event.nanoseconds for event in part) for part in _split(events, int(per_call))]
-        nanoseconds = statistics.median(sums)
+        nanoseconds = statistics.median(map(sum, _split(list(_shares(events)), int(per_call))))
     else:
-        nanoseconds = sum(event.nanoseconds for event in events) / calls
+        nanoseconds = sum(_shares(events)) / calls
     kernels: dict[str, float] = {}
     for event in events:
         kernels[event.name] = kernels.get(event.name, 0.0) + event.nanoseconds / calls / 1e9
@@ -84,8 +88,17 @@ def _events(data: Any) -> Iterator[_Event]:
                         yield _Event(event.start_ns, event.duration_ns, event.name)
 
 
-def _split(events: Sequence[_Event], size: int) -> Iterable[Sequence[_Event]]:
-    return (events[start : start + size] for start in range(0, len(events), size))
+def _shares(events: Iterable[_Event]) -> Iterator[float]:
+    """Of each event, in order of their starts, the nanoseconds that no event before it covers."""
+    covered = -math.inf
+    for event in events:
+        end = event.start + event.nanoseconds
+        yield max(0.0, end - max(event.start, covered))
+        covered = max(covered, end)
+
+
+def _split(values: Sequence[float], size: int) -> Iterable[Sequence[float]]:
+    return (values[start : start + size] for start in range(0, len(values), size))
 
 
 def _describe(data: Any) -> str:
