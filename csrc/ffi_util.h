@@ -1,108 +1,99 @@
-// From XLA's buffers to the structs of problem.h, for the CPU and the CUDA handlers alike. Python has checked
-// every argument at trace time; what is checked again here is what would otherwise reach outside a buffer.
+// From XLA's buffers to the structs of problem.h, for the CPU and the CUDA handlers alike.
 #pragma once
 
-#include <optional>
-#include <string>
+#include <utility>
 
-#include "problem.h"
-#include "xla/ffi/api/ffi.h"
+#include "checks.h"
 
 namespace jax_rmsnorm {
 
-namespace ffi = ::xla::ffi;
-
-#define JAX_RMSNORM_RETURN_IF_ERROR(expression)                            \
-  do {                                                                     \
-    if (ffi::Error error_ = (expression); error_.failure()) return error_; \
-  } while (false)
-
-using OptionalArg = std::optional<ffi::AnyBuffer>;
-using OptionalRet = std::optional<ffi::Result<ffi::AnyBuffer>>;
-
-inline ffi::Error Invalid(const std::string& message) {
-  return ffi::Error::InvalidArgument("jax_rmsnorm: " + message);
+// Operands, results and attributes of each handler; a platform adds its context.
+template <typename Binding>
+auto WithBackwardAttributes(Binding&& binding) {
+  return std::forward<Binding>(binding)
+      .template Attr<bool>("zero_centered_gamma")
+      .template Attr<bool>("round_before_gamma")
+      .template Attr<int64_t>("sm_margin");
 }
 
-inline ffi::Error ToDType(const char* name, const ffi::AnyBuffer& buffer, DType* dtype) {
-  switch (buffer.element_type()) {
-    case ffi::DataType::F32:
-      *dtype = DType::kF32;
-      return ffi::Error::Success();
-    case ffi::DataType::BF16:
-      *dtype = DType::kBF16;
-      return ffi::Error::Success();
-    case ffi::DataType::F16:
-      *dtype = DType::kF16;
-      return ffi::Error::Success();
-    default:
-      return Invalid(std::string(name) + " must be float32, bfloat16 or float16");
-  }
+template <typename Binding>
+auto WithForwardAttributes(Binding&& binding) {
+  return WithBackwardAttributes(std::forward<Binding>(binding).template Attr<float>("eps"));
 }
 
-inline ffi::Error CheckCount(const char* name, const ffi::AnyBuffer& buffer, int64_t expected) {
-  const auto count = static_cast<int64_t>(buffer.element_count());
-  if (count == expected) return ffi::Error::Success();
-  return Invalid(std::string(name) + " has " + std::to_string(count) + " elements, expected " +
-                 std::to_string(expected));
+template <typename Binding>
+auto WithRotaryAttributes(Binding&& binding) {
+  return std::forward<Binding>(binding).template Attr<int64_t>("heads").template Attr<bool>("interleaved");
 }
 
-inline ffi::Error CheckFloat32(const char* name, const ffi::AnyBuffer& buffer) {
-  if (buffer.element_type() == ffi::DataType::F32) return ffi::Error::Success();
-  return Invalid(std::string(name) + " must be float32");
-}
-
-// x is [*groups, *rows, hidden]; gamma, where there is one, is [*groups, hidden].
-inline ffi::Error SplitShape(const ffi::AnyBuffer& x, const OptionalArg& gamma, Shape* shape) {
-  const auto x_dims = x.dimensions();
-  if (x_dims.size() == 0 || x_dims.back() == 0)
-    return Invalid("x must end in an axis of one element or more");
-  shape->hidden = x_dims.back();
-  // The kernels count columns in 32 bits, and add a block's width to them.
-  if (shape->hidden > int64_t{1} << 30) return Invalid("x's last axis must have 2^30 elements or fewer");
-  shape->groups = 1;
-  size_t group_axes = 0;
-  if (gamma) {
-    const auto gamma_dims = gamma->dimensions();
-    bool matches =
-        gamma_dims.size() > 0 && gamma_dims.size() <= x_dims.size() && gamma_dims.back() == shape->hidden;
-    group_axes = matches ? gamma_dims.size() - 1 : 0;
-    for (size_t axis = 0; axis < group_axes; ++axis) {
-      matches = matches && gamma_dims[axis] == x_dims[axis];
-      shape->groups *= gamma_dims[axis];
-    }
-    if (!matches) return Invalid("gamma must begin with x's first axes and end in x's last one");
-  }
-  shape->rows = 1;
-  for (size_t axis = group_axes; axis + 1 < x_dims.size(); ++axis) shape->rows *= x_dims[axis];
-  return ffi::Error::Success();
-}
-
-// Operands and attributes that every handler takes; a platform adds its context.
 inline auto ForwardBinding() {
-  return ffi::Ffi::Bind()
-      .Arg<ffi::AnyBuffer>()          // x
-      .OptionalArg<ffi::AnyBuffer>()  // gamma
-      .Ret<ffi::AnyBuffer>()          // y
-      .OptionalRet<ffi::AnyBuffer>()  // rrms
-      .Attr<float>("eps")
-      .Attr<bool>("zero_centered_gamma")
-      .Attr<bool>("round_before_gamma")
-      .Attr<int64_t>("sm_margin");
+  auto operands = ffi::Ffi::Bind()
+                      .Arg<ffi::AnyBuffer>()           // x
+                      .OptionalArg<ffi::AnyBuffer>()   // gamma
+                      .Ret<ffi::AnyBuffer>()           // y
+                      .OptionalRet<ffi::AnyBuffer>();  // rrms
+  return WithForwardAttributes(std::move(operands));
+}
+
+inline auto AddForwardBinding() {
+  auto operands = ffi::Ffi::Bind()
+                      .Arg<ffi::AnyBuffer>()           // x
+                      .Arg<ffi::AnyBuffer>()           // addend
+                      .OptionalArg<ffi::AnyBuffer>()   // gamma
+                      .Ret<ffi::AnyBuffer>()           // y
+                      .Ret<ffi::AnyBuffer>()           // h
+                      .OptionalRet<ffi::AnyBuffer>();  // rrms
+  return WithForwardAttributes(std::move(operands));
+}
+
+inline auto RopeForwardBinding() {
+  auto operands = ffi::Ffi::Bind()
+                      .Arg<ffi::AnyBuffer>()           // x
+                      .Arg<ffi::AnyBuffer>()           // cos
+                      .Arg<ffi::AnyBuffer>()           // sin
+                      .OptionalArg<ffi::AnyBuffer>()   // gamma
+                      .Ret<ffi::AnyBuffer>()           // y
+                      .OptionalRet<ffi::AnyBuffer>();  // rrms
+  return WithRotaryAttributes(WithForwardAttributes(std::move(operands)));
 }
 
 inline auto BackwardBinding() {
-  return ffi::Ffi::Bind()
-      .Arg<ffi::AnyBuffer>()          // x
-      .Arg<ffi::AnyBuffer>()          // rrms
-      .Arg<ffi::AnyBuffer>()          // dy
-      .OptionalArg<ffi::AnyBuffer>()  // gamma
-      .Ret<ffi::AnyBuffer>()          // dx
-      .OptionalRet<ffi::AnyBuffer>()  // dgamma
-      .OptionalRet<ffi::AnyBuffer>()  // partials, scratch
-      .Attr<bool>("zero_centered_gamma")
-      .Attr<bool>("round_before_gamma")
-      .Attr<int64_t>("sm_margin");
+  auto operands = ffi::Ffi::Bind()
+                      .Arg<ffi::AnyBuffer>()           // x
+                      .Arg<ffi::AnyBuffer>()           // rrms
+                      .Arg<ffi::AnyBuffer>()           // dy
+                      .OptionalArg<ffi::AnyBuffer>()   // gamma
+                      .Ret<ffi::AnyBuffer>()           // dx
+                      .OptionalRet<ffi::AnyBuffer>()   // dgamma
+                      .OptionalRet<ffi::AnyBuffer>();  // partials, scratch
+  return WithBackwardAttributes(std::move(operands));
+}
+
+inline auto AddBackwardBinding() {
+  auto operands = ffi::Ffi::Bind()
+                      .Arg<ffi::AnyBuffer>()           // h
+                      .Arg<ffi::AnyBuffer>()           // rrms
+                      .Arg<ffi::AnyBuffer>()           // dy
+                      .Arg<ffi::AnyBuffer>()           // dh
+                      .OptionalArg<ffi::AnyBuffer>()   // gamma
+                      .Ret<ffi::AnyBuffer>()           // dx
+                      .OptionalRet<ffi::AnyBuffer>()   // dgamma
+                      .OptionalRet<ffi::AnyBuffer>();  // partials, scratch
+  return WithBackwardAttributes(std::move(operands));
+}
+
+inline auto RopeBackwardBinding() {
+  auto operands = ffi::Ffi::Bind()
+                      .Arg<ffi::AnyBuffer>()           // x
+                      .Arg<ffi::AnyBuffer>()           // rrms
+                      .Arg<ffi::AnyBuffer>()           // dy
+                      .Arg<ffi::AnyBuffer>()           // cos
+                      .Arg<ffi::AnyBuffer>()           // sin
+                      .OptionalArg<ffi::AnyBuffer>()   // gamma
+                      .Ret<ffi::AnyBuffer>()           // dx
+                      .OptionalRet<ffi::AnyBuffer>()   // dgamma
+                      .OptionalRet<ffi::AnyBuffer>();  // partials, scratch
+  return WithRotaryAttributes(WithBackwardAttributes(std::move(operands)));
 }
 
 inline ffi::Error DecodeForward(const ffi::AnyBuffer& x, const OptionalArg& gamma,
@@ -168,6 +159,58 @@ inline ffi::Error DecodeBackward(const ffi::AnyBuffer& x, const ffi::AnyBuffer& 
   args->gamma = gamma->untyped_data();
   args->dgamma = (*dgamma)->untyped_data();
   args->partials = static_cast<float*>((*partials)->untyped_data());
+  return ffi::Error::Success();
+}
+
+inline ffi::Error DecodeAddend(const ffi::AnyBuffer& addend, ffi::Result<ffi::AnyBuffer>& h,
+                               ForwardArgs* args) {
+  const int64_t elements = args->shape.groups * args->shape.rows * args->shape.hidden;
+  DType h_dtype;
+  JAX_RMSNORM_RETURN_IF_ERROR(ToDType("addend", addend, &args->addend_dtype));
+  JAX_RMSNORM_RETURN_IF_ERROR(ToDType("h", *h, &h_dtype));
+  if (h_dtype != args->x_dtype) return Invalid("h must have x's dtype");
+  JAX_RMSNORM_RETURN_IF_ERROR(CheckCount("addend", addend, elements));
+  JAX_RMSNORM_RETURN_IF_ERROR(CheckCount("h", *h, elements));
+  args->addend = addend.untyped_data();
+  args->h = h->untyped_data();
+  return ffi::Error::Success();
+}
+
+inline ffi::Error DecodeGradientOfSum(const ffi::AnyBuffer& dh, BackwardArgs* args) {
+  const int64_t elements = args->shape.groups * args->shape.rows * args->shape.hidden;
+  DType dh_dtype;
+  JAX_RMSNORM_RETURN_IF_ERROR(ToDType("dh", dh, &dh_dtype));
+  if (dh_dtype != args->x_dtype) return Invalid("dh must have h's dtype");
+  JAX_RMSNORM_RETURN_IF_ERROR(CheckCount("dh", dh, elements));
+  args->dh = dh.untyped_data();
+  return ffi::Error::Success();
+}
+
+// cos and sin are [*positions, width / 2].
+inline ffi::Error DecodeRotary(const ffi::AnyBuffer& cos, const ffi::AnyBuffer& sin, int64_t heads,
+                               bool interleaved, const Shape& shape, Rotary* rotary) {
+  const auto dims = cos.dimensions();
+  if (dims.size() == 0 || dims.back() > shape.hidden / 2)
+    return Invalid("cos must end in an axis of at most half the elements of x's last one");
+  rotary->positions = 1;
+  for (size_t axis = 0; axis + 1 < dims.size(); ++axis) rotary->positions *= dims[axis];
+  rotary->width = 2 * dims.back();
+  DType sin_dtype;
+  JAX_RMSNORM_RETURN_IF_ERROR(ToDType("cos", cos, &rotary->dtype));
+  JAX_RMSNORM_RETURN_IF_ERROR(ToDType("sin", sin, &sin_dtype));
+  if (sin_dtype != rotary->dtype) return Invalid("sin must have cos's dtype");
+  JAX_RMSNORM_RETURN_IF_ERROR(CheckCount("sin", sin, static_cast<int64_t>(cos.element_count())));
+  const int64_t rows = shape.groups * shape.rows;
+  const bool fits = heads > 0 && rows % heads == 0 &&
+                    (rows == 0 || (rotary->positions > 0 && rows / heads % rotary->positions == 0));
+  if (!fits) {
+    return Invalid("x's " + std::to_string(rows) + " rows must be a multiple of " + std::to_string(heads) +
+                   " heads at " + std::to_string(rotary->positions) + " positions");
+  }
+  rotary->heads = heads;
+  rotary->interleaved = interleaved;
+  rotary->cos = cos.untyped_data();
+  rotary->sin = sin.untyped_data();
   return ffi::Error::Success();
 }
 

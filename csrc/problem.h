@@ -24,17 +24,46 @@ struct Arithmetic {
   bool round_before_gamma = false;
 };
 
+// Rotary embedding of a normalized row of query or key. cos and sin are [positions, width / 2]; row r,
+// counted through all groups, has position r / heads % positions. Element i of the first `width` is rotated
+// with element i + width / 2 (halves), or 2 i with 2 i + 1 (interleaved); the others stay.
+struct Rotary {
+  const void* cos = nullptr;  // null: no rotation
+  const void* sin = nullptr;
+  DType dtype = DType::kF32;  // of both
+  int64_t positions = 1;
+  int64_t heads = 1;
+  int64_t width = 0;
+  bool interleaved = false;
+};
+
+// What is fused with the norm.
+enum class Fusion : int32_t {
+  kNone,
+  kAdd,     // forward: an addend to x; backward: the gradient that reaches the sum from elsewhere
+  kRotary,  // the rotary embedding of the result
+};
+
 struct ForwardArgs {
   Shape shape;
   Arithmetic arithmetic;
   const void* x = nullptr;
+  // With an addend a: h = x + a, rounded to x's dtype, is written, and takes x's part from there on.
+  const void* addend = nullptr;
+  void* h = nullptr;
+  Rotary rotary;                // of y, before it is rounded to y's dtype
   const void* gamma = nullptr;  // null: gamma is one
   void* y = nullptr;
   float* rrms = nullptr;  // null: not wanted
   DType x_dtype = DType::kF32;
+  DType addend_dtype = DType::kF32;
   DType gamma_dtype = DType::kF32;
   DType y_dtype = DType::kF32;
 };
+
+inline Fusion FusionOf(const ForwardArgs& args) {
+  return args.addend != nullptr ? Fusion::kAdd : args.rotary.cos != nullptr ? Fusion::kRotary : Fusion::kNone;
+}
 
 struct BackwardArgs {
   Shape shape;
@@ -43,6 +72,8 @@ struct BackwardArgs {
   const void* gamma = nullptr;  // null: gamma is one, and dgamma and partials are null too
   const float* rrms = nullptr;
   const void* dy = nullptr;
+  const void* dh = nullptr;  // of x's dtype: added to dx before that is rounded; null: nothing to add
+  Rotary rotary;             // dy is rotated back first
   void* dx = nullptr;
   void* dgamma = nullptr;
   float* partials = nullptr;  // scratch, [groups, partial_rows, hidden]
@@ -51,5 +82,9 @@ struct BackwardArgs {
   DType gamma_dtype = DType::kF32;
   DType dy_dtype = DType::kF32;
 };
+
+inline Fusion FusionOf(const BackwardArgs& args) {
+  return args.dh != nullptr ? Fusion::kAdd : args.rotary.cos != nullptr ? Fusion::kRotary : Fusion::kNone;
+}
 
 }  // namespace jax_rmsnorm

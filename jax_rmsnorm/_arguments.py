@@ -6,9 +6,8 @@ import dataclasses
 import math
 import numbers
 import operator
-import os
-from collections.abc import Sequence
-from typing import Any, get_args
+from collections.abc import Collection, Sequence, Set
+from typing import Any, TypedDict, Unpack, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +16,12 @@ from jax.export import is_symbolic_dim
 from jax.typing import ArrayLike, DTypeLike
 
 from ._compat import is_static_dim
+from ._margin import check_margin
 from ._options import Implementation, Options, Rounding, SMMargin
 from ._primitives.common import KERNEL_DTYPES
 
 _DTYPES = (*KERNEL_DTYPES, np.dtype(np.float64))
 _MOST_HIDDEN = 2**30  # columns are counted in 32 bits
-_MOST_MARGIN = 2**16 - 1  # SMs; no GPU has as many
 _DTYPE_NAMES = "float32, bfloat16, float16 or float64"
 
 
@@ -36,6 +35,18 @@ class Call:
     use_kernel: bool
 
 
+class Settings(TypedDict):
+    """What all public functions take by keyword."""
+
+    normalized_shape: int | Sequence[int] | None
+    eps: float
+    zero_centered_gamma: bool
+    rounding: Rounding
+    dtype: DTypeLike | None
+    sm_margin: int | SMMargin | None
+    implementation: Implementation | None
+
+
 def check(
     x: ArrayLike,
     gamma: ArrayLike | None,
@@ -47,16 +58,20 @@ def check(
     dtype: DTypeLike | None,
     sm_margin: int | SMMargin | None,
     implementation: Implementation | None,
+    interleaved: bool = False,
+    beside: Collection[np.dtype] = (),
+    heads: Any = 1,
 ) -> Call:
-    """Checks and normalizes the arguments of `rms_norm`; its docstring says what they may be."""
+    """Checks and normalizes the arguments of `rms_norm`; its docstring says what they may be.
+
+    ``beside`` are the dtypes of other operands that a kernel would have to take.
+    """
     x = _to_array("x", x)
     gamma = None if gamma is None else _to_array("gamma", gamma)
     shape = _normalized_shape(x, gamma, normalized_shape)
     _check_word("rounding", rounding, get_args(Rounding))
     _check_word("implementation", implementation, (None, *get_args(Implementation)))
-    if not isinstance(zero_centered_gamma, bool | np.bool_):
-        raise TypeError(f"zero_centered_gamma must be a bool, got {zero_centered_gamma!r}")
-    if zero_centered_gamma and gamma is None:
+    if _check_bool("zero_centered_gamma", zero_centered_gamma) and gamma is None:
         raise ValueError("zero_centered_gamma=True needs a gamma, got gamma=None")
     out_dtype = x.dtype if dtype is None else _result_dtype(dtype)
     options = Options(
@@ -64,29 +79,109 @@ def check(
         zero_centered_gamma=bool(zero_centered_gamma),
         rounding=rounding,
         out_dtype=out_dtype,
-        sm_margin=_check_margin(sm_margin),
+        sm_margin=check_margin(sm_margin),
         require_kernel=implementation == "kernel",
+        interleaved=_check_bool("interleaved", interleaved),
     )
-    dtypes = {x.dtype, out_dtype, *(() if gamma is None else (gamma.dtype,))}
-    if options.require_kernel and not dtypes <= KERNEL_DTYPES:
-        raise NotImplementedError(
-            "implementation='kernel': the kernels take float32, bfloat16 and float16, got "
-            f"{', '.join(sorted(map(str, dtypes)))}. Use implementation=None or 'xla' for float64."
-        )
-    leading = x.shape[: x.ndim - len(shape)]
     hidden = math.prod(shape)
-    fits = not is_static_dim(hidden) or hidden <= _MOST_HIDDEN
-    if options.require_kernel and not fits:
+    dtypes = {x.dtype, out_dtype, *beside, *(() if gamma is None else (gamma.dtype,))}
+    reason = _why_no_kernel(dtypes, hidden, heads)
+    if options.require_kernel and reason is not None:
         raise NotImplementedError(
-            f"implementation='kernel': the kernels normalize up to {_MOST_HIDDEN} elements, got {hidden}. "
-            "Use implementation=None or 'xla'."
+            f"implementation='kernel': {reason}. Use implementation=None or 'xla'."
         )
     return Call(
-        x=x.reshape(*leading, hidden),
+        x=x.reshape(*x.shape[: x.ndim - len(shape)], hidden),
         gamma=None if gamma is None else gamma.reshape(hidden),
         options=options,
-        use_kernel=implementation != "xla" and dtypes <= KERNEL_DTYPES and fits,
+        use_kernel=implementation != "xla" and reason is None,
     )
+
+
+def check_add(
+    x: ArrayLike, residual: ArrayLike, gamma: ArrayLike | None, **settings: Unpack[Settings]
+) -> tuple[Call, jax.Array]:
+    """As `check`, for `add_rms_norm`. Returns residual too, in the shape of the call's x."""
+    x, residual = _to_array("x", x), _to_array("residual", residual)
+    if residual.shape != x.shape:
+        raise ValueError(f"residual must have x's shape {x.shape}, got {residual.shape}")
+    call = check(x, gamma, beside=(residual.dtype,), **settings)
+    return call, residual.reshape(call.x.shape)
+
+
+def check_rope(
+    x: ArrayLike,
+    gamma: ArrayLike | None,
+    cos: ArrayLike,
+    sin: ArrayLike,
+    *,
+    interleaved: bool,
+    **settings: Unpack[Settings],
+) -> tuple[Call, jax.Array, jax.Array]:
+    """As `check`, for `rms_norm_rope`. Returns cos and sin too, [*P, R/2] with P the last of x's axes up to T."""
+    x, cos, sin = _to_array("x", x), _to_array("cos", cos), _to_array("sin", sin)
+    if x.ndim < 3:
+        raise ValueError(f"x must be [..., T, N, D], of three axes or more, got shape {x.shape}")
+    _check_tables(x, cos, sin)
+    *_, heads, _ = x.shape
+    call = check(x, gamma, beside=(cos.dtype,), heads=heads, interleaved=interleaved, **settings)
+    if call.x.ndim != x.ndim:
+        raise ValueError(
+            "rms_norm_rope normalizes x's last axis alone: gamma and normalized_shape must have one axis"
+        )
+    return call, _without_ones(cos, x), _without_ones(sin, x)
+
+
+def _check_tables(x: jax.Array, cos: jax.Array, sin: jax.Array) -> None:
+    if (cos.shape, cos.dtype) != (sin.shape, sin.dtype):
+        raise ValueError(
+            f"sin must have the shape and dtype of cos, {cos.shape} and {cos.dtype}, "
+            f"got {sin.shape} and {sin.dtype}"
+        )
+    *rows, _, hidden = x.shape
+    if not 2 <= cos.ndim <= x.ndim - 1:
+        raise ValueError(
+            f"cos and sin must be [..., T, R/2], of 2 to {x.ndim - 1} axes for x of shape {x.shape}, got {cos.shape}"
+        )
+    *leading, length, half = cos.shape
+    shared = rows[len(rows) - 1 - len(leading) : -1]
+    if length != rows[-1] or any(
+        size not in (1, full) for size, full in zip(leading, shared, strict=True)
+    ):
+        raise ValueError(
+            "cos and sin must be [..., T, R/2] with T and, where they are not 1, the axes before it as in x's "
+            f"[..., T, N, D]: got {cos.shape} for x of shape {x.shape}"
+        )
+    if half == 0 or (is_static_dim(half) and is_static_dim(hidden) and 2 * half > hidden):
+        raise ValueError(
+            f"cos and sin must end in half the rotary width, from 1 to {hidden // 2} for x's last axis of {hidden}, "
+            f"got {half}"
+        )
+
+
+def _without_ones(table: jax.Array, x: jax.Array) -> jax.Array:
+    """[*P, R/2] with P the last of x's axes up to T, and as few of them as possible."""
+    *leading, _, half = table.shape
+    ones = next((i for i, size in enumerate(leading) if size != 1), len(leading))
+    table = table.reshape(table.shape[ones:])
+    return jnp.broadcast_to(table, (*x.shape[x.ndim - table.ndim - 1 : -2], half))
+
+
+def _why_no_kernel(dtypes: Set[np.dtype], hidden: Any, heads: Any) -> str | None:
+    if not dtypes <= KERNEL_DTYPES:
+        names = ", ".join(sorted(map(str, dtypes)))
+        return f"the kernels take float32, bfloat16 and float16, got {names}"
+    if is_static_dim(hidden) and hidden > _MOST_HIDDEN:
+        return f"the kernels normalize up to {_MOST_HIDDEN} elements, got {hidden}"
+    if not is_static_dim(heads):
+        return f"the kernels need a number of heads that is known at trace time, got {heads}"
+    return None
+
+
+def _check_bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
+    return bool(value)
 
 
 def _to_array(name: str, value: Any) -> jax.Array:
@@ -173,51 +268,3 @@ def _result_dtype(dtype: DTypeLike) -> np.dtype:
     if result is None or result not in _DTYPES:  # None alone would compare equal to float64
         raise TypeError(f"dtype must be {_DTYPE_NAMES}, got {dtype!r}")
     return result
-
-
-def _check_margin(margin: Any) -> SMMargin:
-    if margin is None:
-        margin = SMMargin(
-            forward=_margin_from_environment("FORWARD"),
-            backward=_margin_from_environment("BACKWARD"),
-            inference=_margin_from_environment("INFERENCE"),
-        )
-    elif not isinstance(margin, SMMargin):
-        margin = SMMargin(margin, margin, margin)
-    values = dataclasses.asdict(margin)
-    for kind, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | np.integer):
-            raise TypeError(
-                f"sm_margin must be an int or an SMMargin of ints, got {kind}={value!r}"
-            )
-        if value < 0:
-            raise ValueError(f"sm_margin must be 0 or more, got {kind}={value}")
-        if value > _MOST_MARGIN:
-            raise ValueError(f"sm_margin must be {_MOST_MARGIN} or less, got {kind}={value}")
-    if any(values.values()) and (count := _sm_count()) is not None:
-        for kind, value in values.items():
-            if value >= count:
-                raise ValueError(
-                    f"sm_margin must leave at least one of the device's {count} SMs, got {kind}={value}"
-                )
-    return SMMargin(**{kind: int(value) for kind, value in values.items()})
-
-
-def _margin_from_environment(kind: str) -> int:
-    for name in (f"JAX_RMSNORM_{kind}_SM_MARGIN", "JAX_RMSNORM_SM_MARGIN"):
-        text = os.environ.get(name)
-        if text is None:
-            continue
-        if not text.strip().isdecimal():
-            raise ValueError(
-                f"environment variable {name} must be an int of 0 or more, got {text!r}"
-            )
-        return int(text)
-    return 0
-
-
-def _sm_count() -> int | None:
-    """SMs of the smallest local GPU; None where JAX's default backend is no GPU."""
-    if jax.default_backend() != "gpu":
-        return None
-    return min((device.core_count for device in jax.local_devices()), default=None)

@@ -5,7 +5,7 @@ from jax.export import DisabledSafetyCheck
 from . import _ffi
 
 DISABLED_EXPORT_CHECKS: tuple[DisabledSafetyCheck, ...] = tuple(
-    DisabledSafetyCheck.custom_call(target) for target in (_ffi.FORWARD, _ffi.BACKWARD)
+    DisabledSafetyCheck.custom_call(target) for target in _ffi.TARGETS
 )
 """For ``jax.export.export(f, disabled_checks=jax_rmsnorm.DISABLED_EXPORT_CHECKS)``.
 

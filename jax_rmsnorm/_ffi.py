@@ -10,8 +10,15 @@ from types import ModuleType
 
 import jax
 
-FORWARD = "jax_rmsnorm_forward"
-BACKWARD = "jax_rmsnorm_backward"
+# Targets: the native modules have a function of the same name without the prefix, which returns the handler.
+_PREFIX = "jax_rmsnorm_"
+FORWARD = _PREFIX + "forward"
+BACKWARD = _PREFIX + "backward"
+ADD_FORWARD = _PREFIX + "add_forward"
+ADD_BACKWARD = _PREFIX + "add_backward"
+ROPE_FORWARD = _PREFIX + "rope_forward"
+ROPE_BACKWARD = _PREFIX + "rope_backward"
+TARGETS = (FORWARD, BACKWARD, ADD_FORWARD, ADD_BACKWARD, ROPE_FORWARD, ROPE_BACKWARD)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +44,9 @@ def _load(name: str, platform: str) -> NativeModule:
         return NativeModule(platform, None, _why_missing())
     except ImportError as error:
         return NativeModule(platform, None, str(error))
-    jax.ffi.register_ffi_target(FORWARD, module.forward(), platform=platform)
-    jax.ffi.register_ffi_target(BACKWARD, module.backward(), platform=platform)
+    for target in TARGETS:
+        handler = getattr(module, target.removeprefix(_PREFIX))()
+        jax.ffi.register_ffi_target(target, handler, platform=platform)
     return NativeModule(platform, module, "")
 
 

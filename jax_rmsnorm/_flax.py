@@ -16,7 +16,7 @@ from flax.typing import Axes, Dtype, Initializer
 from jax.nn import initializers
 from jax.typing import DTypeLike
 
-from ._ops import rms_norm
+from ._ops import add_rms_norm, rms_norm
 from ._primitives.common import KERNEL_DTYPES
 
 _OPTIONS_FLAX_LACKS = {
@@ -122,15 +122,38 @@ def normalize(
     module: RMSNormModule, x: jax.Array, scale: jax.Array | None, dtype: DTypeLike
 ) -> jax.Array:
     """Calls `rms_norm` with the options of ``module``, for a call that is covered."""
-    shape = normalized_shape(module, x)
-    return rms_norm(
-        x,
-        None if scale is None else scale.reshape(shape),
-        normalized_shape=shape,
-        eps=float(module.epsilon),
-        zero_centered_gamma=module.zero_centered_gamma,
-        rounding=module.rounding,
-        dtype=dtype,
-        sm_margin=module.sm_margin,
-        implementation=module.implementation,
-    )
+    return rms_norm(x, _gamma(module, x, scale), **_options(module, x, dtype))
+
+
+def add_and_normalize(
+    module: RMSNormModule,
+    x: jax.Array,
+    residual: jax.Array,
+    scale: jax.Array | None,
+    dtype: DTypeLike,
+) -> tuple[jax.Array, jax.Array]:
+    """Calls `add_rms_norm` likewise."""
+    gamma = _gamma(module, residual, scale)
+    return add_rms_norm(x, residual, gamma, **_options(module, residual, dtype))
+
+
+def add(x: jax.Array, residual: jax.Array) -> jax.Array:
+    """x + residual as `add_rms_norm` has it, for a call that is not covered."""
+    wide = jnp.promote_types(jnp.float32, jnp.promote_types(x.dtype, residual.dtype))
+    return (x.astype(wide) + residual.astype(wide)).astype(residual.dtype)
+
+
+def _gamma(module: RMSNormModule, x: jax.Array, scale: jax.Array | None) -> jax.Array | None:
+    return None if scale is None else scale.reshape(normalized_shape(module, x))
+
+
+def _options(module: RMSNormModule, x: jax.Array, dtype: DTypeLike) -> dict[str, Any]:
+    return {
+        "normalized_shape": normalized_shape(module, x),
+        "eps": float(module.epsilon),
+        "zero_centered_gamma": module.zero_centered_gamma,
+        "rounding": module.rounding,
+        "dtype": dtype,
+        "sm_margin": module.sm_margin,
+        "implementation": module.implementation,
+    }

@@ -1,4 +1,4 @@
-"""The public functions, and how they differentiate."""
+"""The public functions."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from . import _arguments, _reference
+from . import _arguments, _autodiff, _reference
 from ._compat import align_manual_axes
-from ._options import Implementation, Options, Rounding, SMMargin
-from ._primitives import backward, forward
+from ._options import Implementation, Rounding, SMMargin
 
 
 def rms_norm(
@@ -71,62 +70,124 @@ def rms_norm(
         implementation=implementation,
     )
     if call.use_kernel:
-        y = _rms_norm(*align_manual_axes(call.x, call.gamma), call.options)
+        y = _autodiff.rms_norm(call.options, *align_manual_axes(call.x, call.gamma))
     else:
         y, _ = _reference.forward(call.x, call.gamma, call.options)
     return y.reshape(jnp.shape(x))
 
 
-# Three functions with a derivative of their own. `_rms_norm` is what users differentiate; the two halves of its
-# first derivative, `_forward` and `_backward`, are differentiable in turn by way of the specification: they are
-# what `grad` of `grad` sees.
-
-
-def _inference(x: jax.Array, gamma: jax.Array | None, options: Options) -> jax.Array:
-    (y,) = forward(x, gamma, options, save_rrms=False)
-    return y
-
-
-def _rms_norm_fwd(x, gamma, options):
-    y, rrms = _forward(x, gamma, options)
-    return y, (x, gamma, rrms)
-
-
-def _rms_norm_bwd(options, residuals, dy):
-    x, gamma, rrms = residuals
-    return _backward(x, gamma, rrms, dy, options)
-
-
-def _training(
-    x: jax.Array, gamma: jax.Array | None, options: Options
+def add_rms_norm(
+    x: ArrayLike,
+    residual: ArrayLike,
+    gamma: ArrayLike | None = None,
+    *,
+    normalized_shape: int | Sequence[int] | None = None,
+    eps: float = 1e-5,
+    zero_centered_gamma: bool = False,
+    rounding: Rounding = "once",
+    dtype: DTypeLike | None = None,
+    sm_margin: int | SMMargin | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    y, rrms = forward(x, gamma, options, save_rrms=True)
-    return y, rrms
+    r"""A residual connection and the RMSNorm of its sum, in one pass over memory.
 
+    .. math:: h = x + \mathrm{residual} \qquad y = \mathrm{rms\_norm}(h)
 
-def _forward_fwd(x, gamma, options):
-    return _forward(x, gamma, options), (x, gamma)
+    The sum is taken in float32 (float64 if a summand is), rounded once to residual's dtype, and y is the norm of the
+    rounded h, so that the two results belong together. The backward reads h, which the model keeps anyway, and the
+    gradients of both results, and writes the one gradient that serves x and residual.
 
+    Args:
+        x: [..., *normalized_shape], what a block adds to the residual stream; dtypes as in `rms_norm`.
+        residual: of x's shape and any of these dtypes: the residual stream. Its dtype is h's.
+        gamma, normalized_shape, eps, zero_centered_gamma, sm_margin, implementation: as in `rms_norm`.
+        rounding: as in `rms_norm` of h: "before_gamma" rounds to h's dtype.
+        dtype: of y; x's by default.
 
-def _forward_bwd(options, residuals, cotangents):
-    _, vjp = jax.vjp(lambda x, gamma: _reference.forward(x, gamma, options), *residuals)
-    return vjp(cotangents)
+    Returns:
+        y and h, of x's shape.
 
-
-def _backward_fwd(x, gamma, rrms, dy, options):
-    return _backward(x, gamma, rrms, dy, options), (x, gamma, rrms, dy)
-
-
-def _backward_bwd(options, residuals, cotangents):
-    _, vjp = jax.vjp(
-        lambda x, gamma, rrms, dy: _reference.backward(x, gamma, rrms, dy, options), *residuals
+    Raises:
+        TypeError, ValueError, NotImplementedError: as in `rms_norm`; ValueError too where x and residual are of
+            different shapes.
+    """
+    call, residual = _arguments.check_add(
+        x,
+        residual,
+        gamma,
+        normalized_shape=normalized_shape,
+        eps=eps,
+        zero_centered_gamma=zero_centered_gamma,
+        rounding=rounding,
+        dtype=dtype,
+        sm_margin=sm_margin,
+        implementation=implementation,
     )
-    return vjp(cotangents)
+    if call.use_kernel:
+        wide, addend, gamma = align_manual_axes(residual, call.x, call.gamma)
+        y, h = _autodiff.add_rms_norm(call.options, call.x.dtype, wide, addend, gamma)
+    else:
+        y, h, _ = _reference.add_forward(residual, call.x, call.gamma, call.options)
+    return y.reshape(jnp.shape(x)), h.reshape(jnp.shape(x))
 
 
-_rms_norm = jax.custom_vjp(_inference, nondiff_argnums=(2,))
-_rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
-_forward = jax.custom_vjp(_training, nondiff_argnums=(2,))
-_forward.defvjp(_forward_fwd, _forward_bwd)
-_backward = jax.custom_vjp(backward, nondiff_argnums=(4,))
-_backward.defvjp(_backward_fwd, _backward_bwd)
+def rms_norm_rope(
+    x: ArrayLike,
+    gamma: ArrayLike | None,
+    cos: ArrayLike,
+    sin: ArrayLike,
+    *,
+    interleaved: bool = False,
+    normalized_shape: int | Sequence[int] | None = None,
+    eps: float = 1e-5,
+    zero_centered_gamma: bool = False,
+    rounding: Rounding = "once",
+    dtype: DTypeLike | None = None,
+    sm_margin: int | SMMargin | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    r"""RMSNorm of each head of query or key, and the rotary embedding (https://arxiv.org/abs/2104.09864) of the result.
+
+    .. math:: (a, b) \mapsto (a \cos - b \sin, \; b \cos + a \sin)
+
+    for the pairs (a, b) = (v[i], v[i + R/2]), i < R/2, of each v = rms_norm(x), or with ``interleaved`` (v[2 i],
+    v[2 i + 1]). Elements from R on are normalized and not rotated. The arithmetic is in float32 (float64 if an operand
+    is), with one rounding at the end. The gradients of cos and sin are exact; plain JAX computes them, where they
+    are asked for.
+
+    Args:
+        x: [..., T, N, D], N heads at each of T positions; dtypes as in `rms_norm`.
+        gamma: [D], or None for γ = 1.
+        cos: [..., T, R/2], R ≤ D. The leading axes broadcast against x's, and there may be fewer of them. Heads share
+            their position's; the kernels read them so, without a copy for each head.
+        sin: of cos's shape and dtype.
+        interleaved: which elements make a pair.
+        normalized_shape: x's last axis, the only one that there is to name.
+        eps, zero_centered_gamma, dtype, sm_margin, implementation: as in `rms_norm`.
+        rounding: as in `rms_norm`, whose γ comes before the rotation.
+
+    Returns:
+        y, of x's shape.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as in `rms_norm`; ValueError too where the shapes do not fit.
+    """
+    call, cos, sin = _arguments.check_rope(
+        x,
+        gamma,
+        cos,
+        sin,
+        interleaved=interleaved,
+        normalized_shape=normalized_shape,
+        eps=eps,
+        zero_centered_gamma=zero_centered_gamma,
+        rounding=rounding,
+        dtype=dtype,
+        sm_margin=sm_margin,
+        implementation=implementation,
+    )
+    if call.use_kernel:
+        operands = align_manual_axes(call.x, call.gamma, cos, sin)
+        return _autodiff.rms_norm_rope(call.options, *operands)
+    y, _ = _reference.rope_forward(call.x, call.gamma, cos, sin, call.options)
+    return y

@@ -36,3 +36,4 @@ class Options:
     out_dtype: np.dtype
     sm_margin: SMMargin
     require_kernel: bool
+    interleaved: bool = False  # how the rotary embedding, where there is one, pairs elements

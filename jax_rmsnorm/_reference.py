@@ -1,4 +1,4 @@
-"""RMSNorm in plain JAX: the specification of the kernels, and the path where there is none.
+"""RMSNorm and what is fused with it in plain JAX: the specification of the kernels, and the path where there is none.
 
 The mean is over the last axis of ``x`` [..., H]. ``gamma`` is [H], or [*groups, H] where the leading
 dimensions equal the first ones of ``x``: each group of rows then has its own gamma, as under `jax.vmap`.
@@ -8,6 +8,19 @@ dimensions equal the first ones of ``x``: each group of rows then has its own ga
 
 γ is ``gamma``, or ``1 + gamma`` with ``zero_centered_gamma``. With ``rounding="before_gamma"`` the n that
 meets γ is first rounded to x's dtype; the derivative of that rounding is taken to be one.
+
+With an addend the norm is that of a sum, which is rounded, and returned too; dh is its other gradient:
+
+    forward     h = x + a, rounded to x's dtype      y = norm(h)
+    backward    dx = da = norm's dx at h + dh        (da then in a's dtype)
+
+With a rotary embedding x is [..., N, D], N heads of D elements, and ``cos`` and ``sin`` are [*P, R/2]: the axes P
+equal the last ones in front of N. Of each head's first R elements, pairs (a, b) are rotated; the others stay:
+
+    forward     y = rotate(norm(x))                  rotate(a, b) = (a · cos - b · sin, b · cos + a · sin)
+    backward    norm's backward of dy rotated back, by -sin
+
+A pair is (v[i], v[i + R/2]), or with ``interleaved`` (v[2 i], v[2 i + 1]).
 """
 
 from __future__ import annotations
@@ -26,6 +39,10 @@ def compute_dtype(*dtypes: DTypeLike) -> jnp.dtype:
     """The dtype of the arithmetic: float32, or float64 if any operand is float64."""
     wide = any(jnp.dtype(dtype) == jnp.float64 for dtype in dtypes)
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def _norm_dtype(x: jax.Array, gamma: jax.Array | None, options: Options) -> jnp.dtype:
+    return compute_dtype(x.dtype, options.out_dtype, *(() if gamma is None else (gamma.dtype,)))
 
 
 def _expand_groups(gamma: jax.Array, ndim: int) -> jax.Array:
@@ -53,23 +70,35 @@ def _round_to_jvp(
     return _round_to(primals[0], dtype), tangents[0]
 
 
-def forward(x: jax.Array, gamma: jax.Array | None, options: Options) -> tuple[jax.Array, jax.Array]:
-    """Returns y [..., H] in ``options.out_dtype`` and the reciprocal RMS [...] in the compute dtype."""
-    dtype = compute_dtype(x.dtype, options.out_dtype, *(() if gamma is None else (gamma.dtype,)))
-    wide = x.astype(dtype)
-    rrms = lax.rsqrt(jnp.mean(wide * wide, axis=-1) + jnp.asarray(options.eps, dtype))
+def _normalize(
+    wide: jax.Array, x_dtype: DTypeLike, gamma: jax.Array | None, options: Options
+) -> tuple[jax.Array, jax.Array]:
+    """Returns y [..., H] and the reciprocal RMS [...] of x, all of them in ``wide``'s dtype."""
+    rrms = lax.rsqrt(jnp.mean(wide * wide, axis=-1) + jnp.asarray(options.eps, wide.dtype))
     y = wide * rrms[..., None]
     if options.rounding == "before_gamma":
-        y = _round_to(y, x.dtype)
+        y = _round_to(y, x_dtype)
     if gamma is not None:
-        y = y * _effective_gamma(gamma, x.ndim, dtype, options)
+        y = y * _effective_gamma(gamma, wide.ndim, wide.dtype, options)
+    return y, rrms
+
+
+def forward(x: jax.Array, gamma: jax.Array | None, options: Options) -> tuple[jax.Array, jax.Array]:
+    """Returns y [..., H] in ``options.out_dtype`` and the reciprocal RMS [...] in the compute dtype."""
+    wide = x.astype(_norm_dtype(x, gamma, options))
+    y, rrms = _normalize(wide, x.dtype, gamma, options)
     return y.astype(options.out_dtype), rrms
 
 
 def backward(
-    x: jax.Array, gamma: jax.Array | None, rrms: jax.Array, dy: jax.Array, options: Options
+    x: jax.Array,
+    gamma: jax.Array | None,
+    rrms: jax.Array,
+    dy: jax.Array,
+    options: Options,
+    dh: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns dx in x's dtype, and dgamma in gamma's dtype and shape (None without gamma)."""
+    """Returns dx (plus ``dh``) in x's dtype, and dgamma in gamma's dtype and shape (None without gamma)."""
     dtype = rrms.dtype
     normalized = x.astype(dtype) * rrms[..., None]
     dy = dy.astype(dtype)
@@ -83,4 +112,78 @@ def backward(
         dgamma = jnp.sum(dy * rounded, axis=rows).astype(gamma.dtype)
     c = jnp.mean(dn * normalized, axis=-1, keepdims=True)
     dx = rrms[..., None] * (dn - normalized * c)
+    if dh is not None:
+        dx = dx + dh.astype(dtype)
     return dx.astype(x.dtype), dgamma
+
+
+def add(x: jax.Array, addend: jax.Array) -> jax.Array:
+    """Returns h = x + addend in the compute dtype, rounded as x's dtype asks for."""
+    dtype = compute_dtype(x.dtype, addend.dtype)
+    return _round_to(x.astype(dtype) + addend.astype(dtype), x.dtype)
+
+
+def add_forward(
+    x: jax.Array, addend: jax.Array, gamma: jax.Array | None, options: Options
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns y, h [..., H] in x's dtype, and the reciprocal RMS of h."""
+    # Both results come from the wide sum, so that in its gradient theirs are added before they are rounded.
+    wide = add(x, addend)
+    y, rrms = _normalize(wide.astype(_norm_dtype(x, gamma, options)), x.dtype, gamma, options)
+    return y.astype(options.out_dtype), wide.astype(x.dtype), rrms
+
+
+def add_backward(
+    h: jax.Array,
+    gamma: jax.Array | None,
+    rrms: jax.Array,
+    dy: jax.Array,
+    dh: jax.Array,
+    options: Options,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the gradient of x and of the addend, in h's dtype, and dgamma as `backward` does."""
+    return backward(h, gamma, rrms, dy, options, dh)
+
+
+def rotate(v: jax.Array, cos: jax.Array, sin: jax.Array, options: Options) -> jax.Array:
+    """Rotates the first R elements of each head of v [..., N, D], in v's dtype."""
+    missing = range(v.ndim - cos.ndim - 1)
+    cos, sin = (jnp.expand_dims(table.astype(v.dtype), (*missing, -2)) for table in (cos, sin))
+    half = cos.shape[-1]
+    turning = v[..., : 2 * half]
+    if options.interleaved:
+        pairs = turning.reshape(*turning.shape[:-1], half, 2)
+        a, b = pairs[..., 0], pairs[..., 1]
+    else:
+        a, b = turning[..., :half], turning[..., half:]
+    turned = (a * cos - b * sin, b * cos + a * sin)
+    if options.interleaved:
+        turned = (jnp.stack(turned, axis=-1).reshape(turning.shape),)
+    return jnp.concatenate([*turned, v[..., 2 * half :]], axis=-1)
+
+
+def rope_forward(
+    x: jax.Array,
+    gamma: jax.Array | None,
+    cos: jax.Array,
+    sin: jax.Array,
+    options: Options,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns y [..., N, D] in ``options.out_dtype`` and the reciprocal RMS [..., N] in the compute dtype."""
+    wide = x.astype(compute_dtype(cos.dtype, _norm_dtype(x, gamma, options)))
+    y, rrms = _normalize(wide, x.dtype, gamma, options)
+    return rotate(y, cos, sin, options).astype(options.out_dtype), rrms
+
+
+def rope_backward(
+    x: jax.Array,
+    gamma: jax.Array | None,
+    rrms: jax.Array,
+    dy: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    options: Options,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns dx and dgamma as `backward` does. The gradients of cos and sin are those of `rope_forward`."""
+    dy = rotate(dy.astype(rrms.dtype), cos, -sin, options)
+    return backward(x, gamma, rrms, dy, options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -48,37 +49,57 @@ class RMSNorm(nn.RMSNorm):
     sm_margin: int | SMMargin | None = dataclasses.field(default=None, kw_only=True)
     implementation: Implementation | None = dataclasses.field(default=None, kw_only=True)
 
+    @overload
+    def __call__(
+        self, x: ArrayLike, *, mask: jax.Array | None = None, residual: None = None
+    ) -> jax.Array: ...
+
+    @overload
+    def __call__(
+        self, x: ArrayLike, *, mask: jax.Array | None = None, residual: ArrayLike
+    ) -> tuple[jax.Array, jax.Array]: ...
+
     @nn.compact
-    def __call__(self, x: ArrayLike, *, mask: jax.Array | None = None) -> jax.Array:
-        """Normalises x [..., features].
+    def __call__(
+        self, x: ArrayLike, *, mask: jax.Array | None = None, residual: ArrayLike | None = None
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        """Normalises x [..., features], or with a residual h = x + residual.
 
         Args:
             x: the input.
             mask: booleans that broadcast against x: the entries that count in the mean.
+            residual: of x's shape; the sum is rounded to its dtype, in one pass with the norm.
 
         Returns:
-            y, of the shape of x.
+            y, of the shape of x; with a residual (y, h).
 
         Raises:
             ValueError: ``zero_centered_gamma``, ``rounding="before_gamma"`` or
                 ``implementation="kernel"`` in a call that only Flax's own code covers.
         """
         array = jnp.asarray(x)
+        stream = None if residual is None else jnp.asarray(residual)
+        normalized = array if stream is None else stream
         if self.force_float32_reductions:
-            reason = _flax.why_not_covered(self, array, self._scale_dtype(), mask)
+            reason = _flax.why_not_covered(self, normalized, self._scale_dtype(), mask)
         else:
             reason = "force_float32_reductions must be True, got False"
         if reason is not None:
             _flax.require_no_options(self, reason)
-            return _flax_call(self, x, mask=mask)
+            if stream is None:
+                return _flax_call(self, x, mask=mask)
+            h = _flax.add(array, stream)
+            return _flax_call(self, h, mask=mask), h
 
         scale = None
         if self.use_scale:
             init = _flax.resolve_scale_init(self.scale_init, self.zero_centered_gamma)
-            shape = _flax.normalized_shape(self, array)
+            shape = _flax.normalized_shape(self, normalized)
             scale = jnp.asarray(self.param("scale", init, list(shape), self.param_dtype))
-        dtype = dtypes.canonicalize_dtype(array, scale, dtype=self.dtype)
-        return _flax.normalize(self, array, scale, dtype)
+        dtype = dtypes.canonicalize_dtype(normalized, scale, dtype=self.dtype)
+        if stream is None:
+            return _flax.normalize(self, array, scale, dtype)
+        return _flax.add_and_normalize(self, array, stream, scale, dtype)
 
     def _scale_dtype(self) -> Dtype | None:
         """The dtype the scale has or will get; asking must not create it, as Flax may have to."""

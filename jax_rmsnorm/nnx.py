@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,8 @@ class RMSNorm(nnx.RMSNorm):
         y = x · rsqrt(mean(x²) + epsilon) · γ    γ = scale, or 1 + scale with zero_centered_gamma
 
     As in Flax, x and scale are first brought to one dtype (``dtype``, or what the two promote to),
-    which is also y's; the arithmetic is in float32.
+    which is also y's; the arithmetic is in float32. With a residual, the norm is taken of the sum as it is,
+    in the residual's dtype.
 
     Calls that the kernels do not cover are computed by Flax's own code, with Flax's own result:
     with a ``mask``, an ``axis_name``, a ``promote_dtype`` of your own, reduction axes other than
@@ -93,33 +94,53 @@ class RMSNorm(nnx.RMSNorm):
             scale_metadata=scale_metadata,
         )
         self.zero_centered_gamma = zero_centered_gamma
-        self.rounding = rounding
+        self.rounding: Rounding = rounding
         self.sm_margin = sm_margin
-        self.implementation = implementation
+        self.implementation: Implementation | None = implementation
 
-    def __call__(self, x: ArrayLike, mask: jax.Array | None = None) -> jax.Array:
-        """Normalises x [..., num_features].
+    @overload
+    def __call__(
+        self, x: ArrayLike, mask: jax.Array | None = None, *, residual: None = None
+    ) -> jax.Array: ...
+
+    @overload
+    def __call__(
+        self, x: ArrayLike, mask: jax.Array | None = None, *, residual: ArrayLike
+    ) -> tuple[jax.Array, jax.Array]: ...
+
+    def __call__(
+        self, x: ArrayLike, mask: jax.Array | None = None, *, residual: ArrayLike | None = None
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        """Normalises x [..., num_features], or with a residual h = x + residual.
 
         Args:
             x: the input.
             mask: booleans that broadcast against x: the entries that count in the mean.
+            residual: of x's shape; the sum is rounded to its dtype, in one pass with the norm.
 
         Returns:
-            y, of the shape of x.
+            y, of the shape of x; with a residual (y, h).
 
         Raises:
             ValueError: ``zero_centered_gamma``, ``rounding="before_gamma"`` or
                 ``implementation="kernel"`` in a call that only Flax's own code covers.
         """
         array = jnp.asarray(x)
+        stream = None if residual is None else jnp.asarray(residual)
+        normalized = array if stream is None else stream
         scale = None if self.scale is None else self.scale[...]
         if self.promote_dtype is not dtypes.promote_dtype:
             reason = f"promote_dtype must be Flax's default, got {self.promote_dtype!r}"
         else:
             scale_dtype = None if scale is None else jnp.result_type(scale)
-            reason = _flax.why_not_covered(self, array, scale_dtype, mask)
+            reason = _flax.why_not_covered(self, normalized, scale_dtype, mask)
         if reason is not None:
             _flax.require_no_options(self, reason)
-            return super().__call__(x, mask)
-        array, scale = self.promote_dtype((array, scale), dtype=self.dtype)
-        return _flax.normalize(self, array, scale, array.dtype)
+            if stream is None:
+                return super().__call__(x, mask)
+            h = _flax.add(array, stream)
+            return super().__call__(h, mask), h
+        normalized, scale = self.promote_dtype((normalized, scale), dtype=self.dtype)
+        if stream is None:
+            return _flax.normalize(self, normalized, scale, normalized.dtype)
+        return _flax.add_and_normalize(self, array, stream, scale, normalized.dtype)

@@ -19,37 +19,112 @@ def draw(seed: int, shape, dtype, *, scale: float = 1.0, offset: float = 0.0) ->
     return jnp.asarray(values.astype(dtype))
 
 
+def _draw_gamma(hidden: int, dtype, options) -> jax.Array | None:
+    if dtype is None:
+        return None
+    center = 0.0 if options.get("zero_centered_gamma") else 1.0
+    return draw(1, hidden, dtype, scale=0.5, offset=center)
+
+
+def _flip(dtype, options) -> float:
+    """Rounding before gamma may fall on the other side of a near-tie: one more unit in the last place."""
+    return 2 * oracle.unit_roundoff(dtype) if options.get("rounding") == "before_gamma" else 0
+
+
+def _arithmetic(options):
+    """What of a call's options the oracle takes."""
+    return {name: value for name, value in options.items() if name != "sm_margin"}
+
+
 def check_call(
     shape, x_dtype, gamma_dtype, y_dtype, *, implementation="kernel", scale=1.0, **options
 ):
     """One call of `rms_norm`, forward and backward, against the oracle."""
-    hidden = shape[-1]
     x = draw(0, shape, x_dtype, scale=scale)
-    center = 0.0 if options.get("zero_centered_gamma") else 1.0
-    gamma = None if gamma_dtype is None else draw(1, hidden, gamma_dtype, scale=0.5, offset=center)
+    gamma = _draw_gamma(shape[-1], gamma_dtype, options)
     dy = draw(2, shape, y_dtype)
     norm = functools.partial(
         jax_rmsnorm.rms_norm, dtype=y_dtype, implementation=implementation, **options
     )
     y, vjp = jax.vjp(norm, x, gamma)
     dx, dgamma = vjp(dy)
-    arithmetic = {name: value for name, value in options.items() if name != "sm_margin"}
-    want = oracle.rms_norm(x, gamma, dy, **arithmetic)
+    want = oracle.rms_norm(x, gamma, dy, **_arithmetic(options))
     assert (y.dtype, dx.dtype) == (y_dtype, x_dtype)
-    # Rounding before gamma may fall on the other side of a near-tie: one more unit in the last place.
-    flip = 2 * oracle.unit_roundoff(x_dtype) if options.get("rounding") == "before_gamma" else 0
+    flip = _flip(x_dtype, options)
     oracle.assert_close(y, want.y, extra=flip * np.abs(want.y), what="y")
     oracle.assert_close(dx, want.dx, terms=want.dx_terms, what="dx")
     # The same function without differentiation writes the same bits.
     np.testing.assert_array_equal(np.asarray(norm(x, gamma)), np.asarray(y))
+    _check_dgamma(dgamma, gamma, want, flip)
+
+
+def _check_dgamma(dgamma, gamma, want: oracle.Result, flip: float) -> None:
     if gamma is None:
         assert dgamma is None
-    else:
-        assert dgamma.dtype == gamma_dtype
-        oracle.assert_close(
-            dgamma,
-            want.dgamma,
-            terms=want.dgamma_terms,
-            extra=flip * want.dgamma_terms,
-            what="dgamma",
-        )
+        return
+    assert dgamma.dtype == gamma.dtype
+    oracle.assert_close(
+        dgamma,
+        want.dgamma,
+        terms=want.dgamma_terms,
+        extra=flip * want.dgamma_terms,
+        what="dgamma",
+    )
+
+
+def check_add_call(
+    shape, x_dtype, residual_dtype, gamma_dtype, y_dtype, *, implementation="kernel", **options
+):
+    """One call of `add_rms_norm`, forward and backward, against the oracle."""
+    x, residual = draw(0, shape, x_dtype), draw(3, shape, residual_dtype, scale=2.0)
+    gamma = _draw_gamma(shape[-1], gamma_dtype, options)
+    dy, dh = draw(2, shape, y_dtype), draw(4, shape, residual_dtype)
+    norm = functools.partial(
+        jax_rmsnorm.add_rms_norm, dtype=y_dtype, implementation=implementation, **options
+    )
+    (y, h), vjp = jax.vjp(norm, x, residual, gamma)
+    dx, dresidual, dgamma = vjp((dy, dh))
+    h_want, want = oracle.add_rms_norm(x, residual, gamma, dy, dh, **_arithmetic(options))
+    dtypes = (y.dtype, h.dtype, dx.dtype, dresidual.dtype)
+    assert dtypes == (y_dtype, residual_dtype, x_dtype, residual_dtype)
+    np.testing.assert_array_equal(np.asarray(h), h_want)
+    flip = _flip(residual_dtype, options)
+    oracle.assert_close(y, want.y, extra=flip * np.abs(want.y), what="y")
+    oracle.assert_close(dresidual, want.dx, terms=want.dx_terms, what="dresidual")
+    np.testing.assert_array_equal(np.asarray(dx), np.asarray(dresidual.astype(x_dtype)))
+    for inference, training in zip(norm(x, residual, gamma), (y, h), strict=True):
+        np.testing.assert_array_equal(np.asarray(inference), np.asarray(training))
+    _check_dgamma(dgamma, gamma, want, flip)
+
+
+def check_rope_call(
+    shape,
+    table_shape,
+    x_dtype,
+    table_dtype,
+    gamma_dtype,
+    y_dtype,
+    *,
+    implementation="kernel",
+    **options,
+):
+    """One call of `rms_norm_rope`, forward and backward, the tables' gradients too, against the oracle."""
+    x, dy = draw(0, shape, x_dtype), draw(2, shape, y_dtype)
+    gamma = _draw_gamma(shape[-1], gamma_dtype, options)
+    # No cosines and sines of one angle: a kernel that swaps or drops one of them is to be seen.
+    cos, sin = draw(3, table_shape, table_dtype), draw(4, table_shape, table_dtype)
+    norm = functools.partial(
+        jax_rmsnorm.rms_norm_rope, dtype=y_dtype, implementation=implementation, **options
+    )
+    y, vjp = jax.vjp(norm, x, gamma, cos, sin)
+    dx, dgamma, dcos, dsin = vjp(dy)
+    want = oracle.rms_norm_rope(x, gamma, cos, sin, dy, **_arithmetic(options))
+    assert (y.dtype, dx.dtype, dcos.dtype) == (y_dtype, x_dtype, table_dtype)
+    flip = _flip(x_dtype, options)
+    oracle.assert_close(y, want.y, terms=want.y_terms, extra=flip * want.y_terms, what="y")
+    oracle.assert_close(dx, want.dx, terms=want.dx_terms, what="dx")
+    for name, got in (("dcos", dcos), ("dsin", dsin)):
+        terms = getattr(want, f"{name}_terms")
+        oracle.assert_close(got, getattr(want, name), terms=terms, extra=flip * terms, what=name)
+    np.testing.assert_array_equal(np.asarray(norm(x, gamma, cos, sin)), np.asarray(y))
+    _check_dgamma(dgamma, gamma, want, flip)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import numpy as np
+import oracle
 
 
 def assert_same_bits(actual, expected) -> None:
@@ -25,3 +26,14 @@ def assert_near(actual, expected, tolerance: float = 1e-5) -> None:
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert np.any(b)
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.max(np.abs(b)))
+
+
+def assert_same_kind(actual, expected) -> None:
+    """NaN where expected is, infinite likewise and of the same sign; elsewhere near to it."""
+    actual, expected = oracle.to64(actual), oracle.to64(expected)
+    np.testing.assert_array_equal(np.isnan(actual), np.isnan(expected))
+    np.testing.assert_array_equal(
+        np.isinf(actual) * np.sign(actual), np.isinf(expected) * np.sign(expected)
+    )
+    finite = np.isfinite(expected)
+    np.testing.assert_allclose(actual[finite], expected[finite], rtol=0.02, atol=1e-6)

@@ -1,4 +1,4 @@
-"""RMSNorm in NumPy's float64, and bounds that scale with what is compared."""
+"""RMSNorm and what is fused with it in NumPy's float64, and bounds that scale with what is compared."""
 
 from __future__ import annotations
 
@@ -48,6 +48,87 @@ def rms_norm(x, gamma, dy, *, eps=1e-5, zero_centered_gamma=False, rounding="onc
         dgamma=np.sum(dy64 * rounded, axis=rows),
         dx_terms=rrms * (np.abs(dn) + np.abs(normalized) * c_terms),
         dgamma_terms=np.sum(np.abs(dy64 * rounded), axis=rows),
+    )
+
+
+def add_rms_norm(x, residual, gamma, dy, dh, **options) -> tuple[np.ndarray, Result]:
+    """h to the bit, and float64 results for it; dx, plus dh, is the gradient of both summands."""
+    total = np.asarray(x).astype(np.float32) + np.asarray(residual).astype(np.float32)
+    h = total.astype(np.asarray(residual).dtype)
+    norm = rms_norm(h, gamma, dy, **options)
+    dh64 = to64(dh)
+    return h, dataclasses.replace(norm, dx=norm.dx + dh64, dx_terms=norm.dx_terms + np.abs(dh64))
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeResult(Result):
+    """With the gradients of cos and sin, in their shape, and magnitudes for them and for y."""
+
+    dcos: np.ndarray
+    dsin: np.ndarray
+    y_terms: np.ndarray
+    dcos_terms: np.ndarray
+    dsin_terms: np.ndarray
+
+
+class Pairs:
+    """The pairs that are rotated, of heads [..., D], as complex numbers [..., R/2]."""
+
+    def __init__(self, half: int, interleaved: bool):
+        if interleaved:
+            self.first, self.second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
+        else:
+            self.first, self.second = slice(0, half), slice(half, 2 * half)
+
+    def of(self, heads: np.ndarray) -> np.ndarray:
+        return heads[..., self.first] + 1j * heads[..., self.second]
+
+    def replaced(self, heads: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+        heads = heads.copy()
+        heads[..., self.first], heads[..., self.second] = pairs.real, pairs.imag
+        return heads
+
+    def turned(self, heads: np.ndarray, turns: np.ndarray) -> np.ndarray:
+        """A rotation is a product of complex numbers; ``turns`` [..., R/2] serve all heads."""
+        return self.replaced(heads, self.of(heads) * turns[..., None, :])
+
+    def turned_terms(self, heads: np.ndarray, turns: np.ndarray) -> np.ndarray:
+        """No less than the sum of the magnitudes of the terms of what `turned` returns."""
+        pairs = self.of(np.abs(heads))
+        size = np.abs(turns.real) + np.abs(turns.imag)
+        either = (pairs.real + pairs.imag) * size[..., None, :]
+        return self.replaced(np.abs(heads), either * (1 + 1j))
+
+
+def _sum_to(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Summed over the axes that broadcasting ``shape`` to that of ``values`` adds or stretches."""
+    values = values.sum(axis=tuple(range(values.ndim - len(shape))))
+    stretched = tuple(i for i, size in enumerate(shape) if size == 1)
+    return values.sum(axis=stretched, keepdims=True)
+
+
+def rms_norm_rope(x, gamma, cos, sin, dy, *, interleaved=False, **options) -> RopeResult:
+    turns, dy64 = to64(cos) + 1j * to64(sin), to64(dy)
+    pairs = Pairs(turns.shape[-1], interleaved)
+    norm = rms_norm(x, gamma, pairs.turned(dy64, turns.conj()), **options)
+    terms = rms_norm(x, gamma, pairs.turned_terms(dy64, turns), **options)
+    n, d = pairs.of(norm.y), pairs.of(dy64)
+
+    def sum_to_table(products: np.ndarray) -> np.ndarray:
+        return _sum_to(products.sum(axis=-2), turns.shape)
+
+    return RopeResult(
+        y=pairs.turned(norm.y, turns),
+        rrms=norm.rrms,
+        dx=norm.dx,
+        dgamma=norm.dgamma,
+        dx_terms=terms.dx_terms,
+        dgamma_terms=terms.dgamma_terms,
+        dcos=sum_to_table(n.real * d.real + n.imag * d.imag),
+        dsin=sum_to_table(n.real * d.imag - n.imag * d.real),
+        y_terms=pairs.turned_terms(norm.y, turns),
+        dcos_terms=sum_to_table(np.abs(n.real * d.real) + np.abs(n.imag * d.imag)),
+        dsin_terms=sum_to_table(np.abs(n.real * d.imag) + np.abs(n.imag * d.real)),
     )
 
 

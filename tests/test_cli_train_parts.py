@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from rich.console import Console
 
 from jax_rmsnorm.cli._errors import CommandError
@@ -21,9 +22,10 @@ from jax_rmsnorm.cli._train.generate import sample
 from jax_rmsnorm.cli._train.history import History, Throughput
 from jax_rmsnorm.cli._train.interrupt import StopOnInterrupt
 from jax_rmsnorm.cli._train.loop import Job, train
-from jax_rmsnorm.cli._train.model import apply_rotary, rotary_angles
+from jax_rmsnorm.cli._train.model import normalize_and_rotate, rotary_angles
 from jax_rmsnorm.cli._train.progress import reporter
 from jax_rmsnorm.cli._train.step import State, Trainer, build
+from jax_rmsnorm.nnx import RMSNorm
 
 CONFIG = dataclasses.replace(
     PRESETS["cpu"], d_model=32, layers=2, heads=4, kv_heads=2, seq=16, batch=4, sample_bytes=30
@@ -75,9 +77,10 @@ def test_logits_are_float32_and_follow_the_float32_model_in_bfloat16():
     assert losses["float32"] == pytest.approx(math.log(256), rel=0.02)
 
 
-def test_rotary_embedding_turns_pairs_by_position_times_frequency():
+def test_normalized_queries_turn_in_pairs_by_position_times_frequency():
     length, heads, head_dim = 7, 3, 8
-    x = np.random.default_rng(1).standard_normal((2, length, heads, head_dim))
+    queries = np.random.default_rng(1).standard_normal((2, length, heads, head_dim))
+    x = queries / np.sqrt(np.mean(queries**2, axis=-1, keepdims=True) + 1e-6)
     expected = np.empty_like(x)
     for position in range(length):
         for i in range(head_dim // 2):
@@ -86,7 +89,9 @@ def test_rotary_embedding_turns_pairs_by_position_times_frequency():
             turned = (first + 1j * second) * np.exp(1j * angle)
             expected[:, position, :, i] = turned.real
             expected[:, position, :, i + head_dim // 2] = turned.imag
-    actual = apply_rotary(jnp.asarray(x, jnp.float32), *rotary_angles(length, head_dim))
+    norm = RMSNorm(head_dim, rngs=nnx.Rngs(0))
+    tables = rotary_angles(length, head_dim)
+    actual = normalize_and_rotate(norm, jnp.asarray(queries, jnp.float32), *tables)
     np.testing.assert_allclose(actual, expected, atol=1e-6 * np.abs(x).max())
 
 

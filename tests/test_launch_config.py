@@ -32,6 +32,7 @@ class Case:
     shared_memory: int
     max_cluster: int
     margin: int
+    fusion: str = "none"
 
     def forward(self, **changes: Any) -> dict[str, Any]:
         arguments = dataclasses.asdict(dataclasses.replace(self, **changes))
@@ -68,6 +69,7 @@ def cases(draw: st.DrawFn) -> Case:
         draw(st.integers(99, 227)) * 1024,
         draw(st.sampled_from([1, 8, 16])),
         draw(st.integers(0, sm_count - 1)),
+        draw(st.sampled_from(["none", "none", "add"])),
     )
 
 
@@ -102,7 +104,7 @@ def test_the_row_fits(case):
         wide = packet(case, direction)
         if config["aligned"] or kernel(config) in ("ring", "staged"):
             assert config["width"] == wide
-        elif kernel(config) == "loop" or case.alignment == "none":
+        elif kernel(config) == "loop" or case.alignment == "none" or case.fusion == "add":
             assert config["width"] == 1
         else:
             assert config["width"] == math.gcd(wide, case.hidden)
@@ -130,10 +132,16 @@ def test_kernel(case):
             assert case.margin == 0
         if direction == "backward" and case.alignment == "none":
             assert kernel(config) == "loop"
+        if case.fusion == "add":
+            assert direction == "backward" or kernel(config) in ("plain", "staged", "loop")
+            assert config["aligned"] or kernel(config) == "loop"
+            continue
         if direction == "forward" and case.alignment == "tensors" and case.hidden <= 20_000:
             assert kernel(config) in ("plain", "staged")
         if direction == "forward" and config["aligned"] and case.margin > 0:
             assert kernel(config) in ("ring", "loop")
+        if direction == "backward" and case.alignment == "tensors" and case.x != case.dy:
+            assert kernel(config) == "loop"
         # A kernel that waits for its predecessor may start before that has ended.
         assert config["dependent"] == (
             case.max_cluster > 1
@@ -216,6 +224,7 @@ def test_shared_memory(case):
             assert (config["shared_memory"] > 0) == (kernel(config) == "staged")
             continue
         sizes = SIZES[case.x] + (SIZES[case.dy] if direction == "backward" else 0)
+        sizes += SIZES[case.x] if direction == "backward" and case.fusion == "add" else 0
         row = config["block"] * config["packets"] * config["width"] * sizes
         assert config["shared_memory"] >= 3 * row
         if direction == "backward" and slots > 1:
@@ -274,6 +283,48 @@ def test_long_rows_are_read_once(direction, dtype, hidden):
     """Up to 65,536 aligned elements, on a device with clusters."""
     configure = getattr(cuda, f"{direction}_config")
     assert configure(rows=8, hidden=hidden, x=dtype)["scope"] in ("block", "cluster")
+
+
+@settings(max_examples=300)
+@given(
+    st.integers(1, 40).map(lambda n: 8 * n),
+    st.integers(1, 40).map(lambda n: 8 * n),
+    st.booleans(),
+    st.sampled_from(list(SIZES)),
+    st.sampled_from(list(SIZES)),
+    st.integers(0, 100),
+)
+@example(128, 128, False, "bfloat16", "bfloat16", 0)
+@example(128, 64, False, "bfloat16", "bfloat16", 0)
+@example(256, 64, True, "float32", "bfloat16", 8)
+def test_rotary(hidden, width, interleaved, x, dy, margin):
+    """A thread has the packets that meet, and the row fits; where it would not, there is no kernel."""
+    width = min(width, hidden)
+    rope = {"hidden": hidden, "width": width, "interleaved": interleaved, "x": x}
+    fused = {"fusion": "rotary", "rotary_width": width, "interleaved": interleaved}
+    call = {"rows": 1000, "hidden": hidden, "x": x, "margin": margin, **fused}
+    configs = []
+    if cuda.fuses_rope(**rope, dy=None):
+        configs.append(cuda.forward_config(**call))
+    if cuda.fuses_rope(**rope, dy=dy):
+        configs.append(cuda.backward_config(**call, dy=dy))
+    for config in configs:
+        assert config["scope"] == "lanes"
+        assert config["interleaved"] == interleaved
+        assert 1 <= config["threads_per_row"] <= 32
+        assert config["block"] % config["threads_per_row"] == 0
+        assert covered(config) >= hidden
+        if not interleaved:
+            assert width == 2 * config["width"] * config["threads_per_row"]
+
+
+@pytest.mark.parametrize("hidden", [64, 128, 256])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_kernels_cover_the_usual_heads(hidden, interleaved):
+    for dy in (None, "bfloat16"):
+        assert cuda.fuses_rope(
+            hidden=hidden, width=hidden, interleaved=interleaved, x="bfloat16", dy=dy
+        )
 
 
 def test_bad_dtype():

@@ -125,10 +125,11 @@ def test_options_that_flax_cannot_honour_are_errors(case, option):
         RMSNorm(**arguments, **option).init(KEY, x, mask=mask)
 
 
-def test_mask_is_keyword_only_as_in_flax():
+def test_arguments_are_those_of_flax_and_residual():
     ours, flax = (inspect.signature(inspect.unwrap(cls.__call__)).parameters for cls in CLASSES)
+    residual = inspect.Parameter("residual", inspect.Parameter.KEYWORD_ONLY, default=None)
     assert [(p.name, p.kind, p.default) for p in ours.values()] == [
-        (p.name, p.kind, p.default) for p in flax.values()
+        (p.name, p.kind, p.default) for p in (*flax.values(), residual)
     ]
 
 

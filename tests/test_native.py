@@ -1,18 +1,13 @@
-"""The native handlers on their own: what they refuse, and each instruction set that this machine has."""
+"""The native handlers on their own: calls that are right, and what they refuse."""
 
 from __future__ import annotations
-
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_rmsnorm import _cpu, _ffi
+from jax_rmsnorm import _ffi
 
 F32, BF16, F64 = jnp.float32, jnp.bfloat16, jnp.float64
 ARITHMETIC = {
@@ -39,7 +34,29 @@ def backward(operands, results, **attributes):
     return call(_ffi.BACKWARD, operands, results, {**ARITHMETIC, **attributes})
 
 
+def add_forward(operands, results):
+    return call(_ffi.ADD_FORWARD, operands, results, {"eps": np.float32(0), **ARITHMETIC})
+
+
+def add_backward(operands, results):
+    return call(_ffi.ADD_BACKWARD, operands, results, ARITHMETIC)
+
+
+def rotary(heads: int, interleaved: bool):
+    return {**ARITHMETIC, "heads": np.int64(heads), "interleaved": np.bool_(interleaved)}
+
+
+def rope_forward(operands, results, *, heads=3, interleaved=False):
+    attributes = {"eps": np.float32(0), **rotary(heads, interleaved)}
+    return call(_ffi.ROPE_FORWARD, operands, results, attributes)
+
+
+def rope_backward(operands, results, *, heads=3, interleaved=False):
+    return call(_ffi.ROPE_BACKWARD, operands, results, rotary(heads, interleaved))
+
+
 X, GAMMA, ROWS, PARTIALS = (F32, 2, 3, 8), (F32, 8), (F32, 2, 3), (F32, 4, 8)
+TABLE = (F32, 2, 3)  # of cos and sin: two positions, six of eight elements rotated
 
 
 def test_right_calls():
@@ -51,6 +68,53 @@ def test_right_calls():
     assert np.all(dx == 0)
     assert np.all(dgamma == 6)
     assert np.all(backward([X, ROWS, (F32, 6, 8)], [X])[0] == 0)
+
+
+def test_right_calls_with_a_sum():
+    y, h, rrms = add_forward([X, (BF16, 2, 3, 8), GAMMA], [X, X, ROWS])
+    assert np.all(y == 1)
+    assert np.all(h == 2)
+    assert np.all(rrms == 0.5)
+    y, h = add_forward([(BF16, 6, 8), (F32, 6, 8)], [X, (BF16, 6, 8)])
+    assert np.all(y == 1)
+    assert np.all(h == 2)
+    dx, dgamma, _ = add_backward([X, ROWS, X, X, GAMMA], [X, GAMMA, PARTIALS])
+    assert np.all(dx == 1)
+    assert np.all(dgamma == 6)
+    assert np.all(add_backward([X, ROWS, X, X], [X])[0] == 1)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_right_calls_with_a_rotation(interleaved):
+    """With cos = sin = 1 a pair of ones becomes (0, 2), and (2, 0) backward."""
+    first = np.array([0, 2, 4] if interleaved else [0, 1, 2])
+    second = first + (1 if interleaved else 3)
+    turned, turned_back = np.ones(8), np.ones(8)
+    turned[first], turned[second] = 0, 2
+    turned_back[first], turned_back[second] = 2, 0
+    y, rrms = rope_forward([X, TABLE, TABLE, GAMMA], [X, ROWS], interleaved=interleaved)
+    assert np.all(y == turned)
+    assert np.all(rrms == 1)
+    y = rope_forward([X, (BF16, 2, 3), (BF16, 2, 3)], [X], interleaved=interleaved)[0]
+    assert np.all(y == turned)
+    operands = [X, ROWS, X, TABLE, TABLE, GAMMA]
+    dx, dgamma, _ = rope_backward(operands, [X, GAMMA, PARTIALS], interleaved=interleaved)
+    assert np.all(dx == turned_back - 1)
+    assert np.all(dgamma == 6 * turned_back)
+    dx = rope_backward(operands[:-1], [X], interleaved=interleaved)[0]
+    assert np.all(dx == turned_back - 1)
+
+
+def test_rotation_of_nothing():
+    """A rotary width of zero, and no rows at all."""
+    no_width, no_rows = (F32, 2, 0), (F32, 0, 3, 8)
+    assert np.all(rope_forward([X, no_width, no_width], [X])[0] == 1)
+    _, dgamma, _ = rope_backward([X, ROWS, X, no_width, no_width, GAMMA], [X, GAMMA, PARTIALS])
+    assert np.all(dgamma == 6)
+    table = (F32, 0, 3)
+    y, rrms = rope_forward([no_rows, table, table, GAMMA], [no_rows, (F32, 0, 3)])
+    assert y.shape == (0, 3, 8)
+    assert rrms.shape == (0, 3)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +166,44 @@ BACKWARD_ERRORS = [
     ([X, ROWS, X, GAMMA], [X, GAMMA, (F32, 4, 7)], "partials has 28 elements, expected 32"),
     ([X, ROWS], [X], "arguments"),
 ]
+ADD_FORWARD_ERRORS = [
+    ([X, (F32, 2, 3, 7)], [X, X], "addend has 42 elements, expected 48"),
+    ([X, (F32, 1, 3, 8)], [X, X], "addend has 24 elements, expected 48"),
+    ([X, (jnp.int32, 2, 3, 8)], [X, X], "addend must be float32, bfloat16 or float16"),
+    ([X, X], [X, (F32, 1, 3, 8)], "h has 24 elements, expected 48"),
+    ([X, X], [X, (BF16, 2, 3, 8)], "h must have x's dtype"),
+    ([X, X], [X, (jnp.int8, 2, 3, 8)], "h must be float32, bfloat16 or float16"),
+    ([X, X], [(F32, 2, 3, 7), X], "y has 42 elements, expected 48"),
+    ([X, X], [X, X, (F32, 5)], "rrms has 5 elements, expected 6"),
+    ([X, X, (F32, 7)], [X, X], "gamma must begin"),
+    ([X], [X, X], "arguments"),
+    ([X, X], [X], "results"),
+]
+ADD_BACKWARD_ERRORS = [
+    ([X, ROWS, X, (F32, 1, 3, 8)], [X], "dh has 24 elements, expected 48"),
+    ([X, ROWS, X, (BF16, 2, 3, 8)], [X], "dh must have h's dtype"),
+    ([X, ROWS, X, (jnp.int32, 2, 3, 8)], [X], "dh must be float32, bfloat16 or float16"),
+    ([X, ROWS, (F32, 1, 3, 8), X], [X], "dy has 24 elements, expected 48"),
+    ([X, (F32, 5), X, X], [X], "rrms has 5 elements, expected 6"),
+    ([X, ROWS, X, X, GAMMA], [X], "with gamma, backward also returns dgamma and partials"),
+    ([X, ROWS, X], [X], "arguments"),
+]
+# Of cos and sin; x, gamma, y and the gradients are decoded as without them.
+ROTARY_ERRORS = [
+    ((F32,), (F32,), 3, "cos must end in an axis of at most half"),
+    ((F32, 2, 5), (F32, 2, 5), 3, "cos must end in an axis of at most half"),
+    ((jnp.int32, 2, 3), (jnp.int32, 2, 3), 3, "cos must be float32, bfloat16 or float16"),
+    (TABLE, (jnp.int32, 2, 3), 3, "sin must be float32, bfloat16 or float16"),
+    (TABLE, (BF16, 2, 3), 3, "sin must have cos's dtype"),
+    (TABLE, (F32, 2, 2), 3, "sin has 4 elements, expected 6"),
+    (TABLE, (F32, 1, 3), 3, "sin has 3 elements, expected 6"),
+    (TABLE, TABLE, 4, "x's 6 rows must be a multiple of 4 heads at 2 positions"),
+    (TABLE, TABLE, 6, "a multiple of 6 heads at 2 positions"),
+    (TABLE, TABLE, 0, "a multiple of 0 heads"),
+    (TABLE, TABLE, -3, "a multiple of -3 heads"),
+    ((F32, 4, 3), (F32, 4, 3), 3, "a multiple of 3 heads at 4 positions"),
+    ((F32, 0, 3), (F32, 0, 3), 3, "a multiple of 3 heads at 0 positions"),
+]
 
 
 @pytest.mark.parametrize(("operands", "results", "message"), FORWARD_ERRORS)
@@ -116,6 +218,35 @@ def test_backward_refuses(operands, results, message):
         backward(operands, results)
 
 
+@pytest.mark.parametrize(("operands", "results", "message"), ADD_FORWARD_ERRORS)
+def test_add_forward_refuses(operands, results, message):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        add_forward(operands, results)
+
+
+@pytest.mark.parametrize(("operands", "results", "message"), ADD_BACKWARD_ERRORS)
+def test_add_backward_refuses(operands, results, message):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        add_backward(operands, results)
+
+
+@pytest.mark.parametrize(("cos", "sin", "heads", "message"), ROTARY_ERRORS)
+def test_rope_refuses(cos, sin, heads, message):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        rope_forward([X, cos, sin, GAMMA], [X], heads=heads)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        rope_backward([X, ROWS, X, cos, sin], [X], heads=heads)
+
+
+def test_rope_refuses_what_the_norm_does():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="y has 42 elements, expected 48"):
+        rope_forward([X, TABLE, TABLE], [(F32, 2, 3, 7)])
+    with pytest.raises(jax.errors.JaxRuntimeError, match="dy has 42 elements, expected 48"):
+        rope_backward([X, ROWS, (F32, 2, 3, 7), TABLE, TABLE], [X])
+    with pytest.raises(jax.errors.JaxRuntimeError, match="arguments"):
+        rope_forward([X, TABLE], [X])
+
+
 @pytest.mark.parametrize("attribute", [{"eps": 0.0}, {"sm_margin": np.int32(0)}], ids=str)
 def test_attributes_are_strictly_typed(attribute):
     with pytest.raises(jax.errors.JaxRuntimeError, match="Wrong scalar data type"):
@@ -125,44 +256,3 @@ def test_attributes_are_strictly_typed(attribute):
 def test_float64_is_refused():
     with jax.enable_x64(True), pytest.raises(jax.errors.JaxRuntimeError, match="x must be float32"):
         forward([(F64, 2, 8)], [(F64, 2, 8)])
-
-
-def run(arguments: list[str], instruction_set: str) -> str:
-    """Standard output of this Python with another instruction set."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_RMSNORM_CPU_ISA": instruction_set}
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        cwd=pathlib.Path(__file__).parent,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_instruction_sets():
-    names = _cpu.instruction_sets()
-    assert names[-1] == "baseline"
-    assert set(names) <= {"avx512", "avx2", "baseline"}
-    wanted = os.environ.get("JAX_RMSNORM_CPU_ISA")
-    assert _cpu.active_instruction_set() == (wanted if wanted in names else names[0])
-
-
-@pytest.mark.parametrize("name", [*_cpu.instruction_sets(), "none such"])
-def test_choice_of_instruction_set(name):
-    code = "from jax_rmsnorm import _cpu; print(_cpu.active_instruction_set())"
-    available = _cpu.instruction_sets()
-    assert run(["-c", code], name).strip() == (name if name in available else available[0])
-
-
-@pytest.mark.parametrize(
-    "name", [n for n in _cpu.instruction_sets() if n != _cpu.active_instruction_set()]
-)
-def test_values_on_other_instruction_sets(name):
-    """The tests of values that this process runs on the best one."""
-    files = ["test_conversions.py", "test_special_values.py", "test_values.py"]
-    run(
-        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=line", *files],
-        name,
-    )

@@ -10,6 +10,7 @@ import numpy as np
 import oracle
 import pytest
 from checks import DTYPES, draw
+from compare import assert_same_kind
 
 from jax_rmsnorm import rms_norm
 
@@ -20,17 +21,6 @@ HIDDEN = 37  # full vectors and a rest on every instruction set
 def results(x, gamma, dy, **options):
     y, vjp = jax.vjp(lambda x, g: rms_norm(x, g, **options), x, gamma)
     return y, *vjp(dy)
-
-
-def assert_same_kind(actual, expected) -> None:
-    """NaN where expected is, infinite likewise and of the same sign; elsewhere near to it."""
-    actual, expected = oracle.to64(actual), oracle.to64(expected)
-    np.testing.assert_array_equal(np.isnan(actual), np.isnan(expected))
-    np.testing.assert_array_equal(
-        np.isinf(actual) * np.sign(actual), np.isinf(expected) * np.sign(expected)
-    )
-    finite = np.isfinite(expected)
-    np.testing.assert_allclose(actual[finite], expected[finite], rtol=0.02, atol=1e-6)
 
 
 def places(row: np.ndarray, values: list[float]):

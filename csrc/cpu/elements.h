@@ -141,21 +141,17 @@ inline void Store(PureBFloat16* to, Floats values) {
   StoreVector(to, even | odd);
 }
 
-// Values in the order of their columns -> in the order of Load<T>. NaNs become plain ones, as Store expects.
-template <typename T>
-inline Floats ToOrderOf(Floats values) {
-  if constexpr (!std::is_same_v<T, PureBFloat16>) return values;
+// Values in the order of their columns -> the even columns in one vector, the odd ones in the other.
+inline Floats Deinterleave(Floats values) {
   float columns[kStep], even[kLanes], odd[kLanes];
   Store(columns, values);
   for (int i = 0; i < kLanes; ++i) even[i] = columns[2 * i];
   for (int i = 0; i < kLanes; ++i) odd[i] = columns[2 * i + 1];
-  return {PlainNaN(LoadVector<Vector>(even)), PlainNaN(LoadVector<Vector>(odd))};
+  return {LoadVector<Vector>(even), LoadVector<Vector>(odd)};
 }
 
 // And back.
-template <typename T>
-inline Floats FromOrderOf(Floats values) {
-  if constexpr (!std::is_same_v<T, PureBFloat16>) return values;
+inline Floats Interleave(Floats values) {
   float columns[kStep], even[kLanes], odd[kLanes];
   StoreVector(even, values.a);
   StoreVector(odd, values.b);
@@ -164,6 +160,21 @@ inline Floats FromOrderOf(Floats values) {
     columns[2 * i + 1] = odd[i];
   }
   return Load(columns);
+}
+
+// Values in the order of their columns -> in the order of Load<T>. NaNs become plain ones, as Store expects.
+template <typename T>
+inline Floats ToOrderOf(Floats values) {
+  if constexpr (!std::is_same_v<T, PureBFloat16>) return values;
+  const Floats pairs = Deinterleave(values);
+  return {PlainNaN(pairs.a), PlainNaN(pairs.b)};
+}
+
+// And back.
+template <typename T>
+inline Floats FromOrderOf(Floats values) {
+  if constexpr (!std::is_same_v<T, PureBFloat16>) return values;
+  return Interleave(values);
 }
 
 // The first `count` columns of a step, 0 < count < kStep; the others read as zero, and are not written.

@@ -69,12 +69,7 @@ void ParallelFor(ffi::ThreadPool& pool, int64_t tasks, const std::function<void(
   state->all_done.wait(lock, all_done);
 }
 
-ffi::Error Forward(ffi::AnyBuffer x, OptionalArg gamma, ffi::Result<ffi::AnyBuffer> y, OptionalRet rrms,
-                   float eps, bool zero_centered_gamma, bool round_before_gamma, int64_t /*sm_margin*/,
-                   ffi::ThreadPool pool) {
-  ForwardArgs args;
-  JAX_RMSNORM_RETURN_IF_ERROR(
-      DecodeForward(x, gamma, y, rrms, {eps, zero_centered_gamma, round_before_gamma}, &args));
+void Run(const ForwardArgs& args, ffi::ThreadPool& pool) {
   const int64_t rows = args.shape.groups * args.shape.rows;
   const bool serial = rows * args.shape.hidden <= kSerialElements;
   const int64_t rows_per_task = serial ? std::max<int64_t>(1, rows) : RowsPerTask(rows, args.shape.hidden);
@@ -82,18 +77,11 @@ ffi::Error Forward(ffi::AnyBuffer x, OptionalArg gamma, ffi::Result<ffi::AnyBuff
   ParallelFor(pool, CeilDiv(rows, rows_per_task), [&](int64_t task) {
     kernels.forward(args, task * rows_per_task, std::min(rows, (task + 1) * rows_per_task));
   });
-  return ffi::Error::Success();
 }
 
 // The split of the rows into tasks, one partial row each, follows from the shape alone: dgamma has the same
 // bits on any number of threads.
-ffi::Error Backward(ffi::AnyBuffer x, ffi::AnyBuffer rrms, ffi::AnyBuffer dy, OptionalArg gamma,
-                    ffi::Result<ffi::AnyBuffer> dx, OptionalRet dgamma, OptionalRet partials,
-                    bool zero_centered_gamma, bool round_before_gamma, int64_t /*sm_margin*/,
-                    ffi::ThreadPool pool) {
-  BackwardArgs args;
-  JAX_RMSNORM_RETURN_IF_ERROR(DecodeBackward(x, rrms, dy, gamma, dx, dgamma, partials,
-                                             {0.0f, zero_centered_gamma, round_before_gamma}, &args));
+void Run(const BackwardArgs& args, ffi::ThreadPool& pool) {
   const Shape& shape = args.shape;
   const int64_t wanted = CeilDiv(shape.rows, RowsPerTask(shape.rows, shape.hidden));
   const int64_t most = args.dgamma == nullptr ? shape.rows : std::min(shape.rows, args.partial_rows);
@@ -108,7 +96,7 @@ ffi::Error Backward(ffi::AnyBuffer x, ffi::AnyBuffer rrms, ffi::AnyBuffer dy, Op
     kernels.backward(args, group, std::min(shape.rows, part * rows_per_task),
                      std::min(shape.rows, (part + 1) * rows_per_task), partial);
   });
-  if (args.dgamma == nullptr) return ffi::Error::Success();
+  if (args.dgamma == nullptr) return;
 
   const int64_t columns_per_task = std::max<int64_t>(256, kSerialElements / tasks_per_group);
   const int64_t finish_tasks = CeilDiv(shape.hidden, columns_per_task);
@@ -117,12 +105,85 @@ ffi::Error Backward(ffi::AnyBuffer x, ffi::AnyBuffer rrms, ffi::AnyBuffer dy, Op
     kernels.finish(args, task / finish_tasks, tasks_per_group, first,
                    std::min(shape.hidden, first + columns_per_task));
   });
+}
+
+ffi::Error Forward(ffi::AnyBuffer x, OptionalArg gamma, ffi::Result<ffi::AnyBuffer> y, OptionalRet rrms,
+                   float eps, bool zero_centered_gamma, bool round_before_gamma, int64_t /*sm_margin*/,
+                   ffi::ThreadPool pool) {
+  ForwardArgs args;
+  JAX_RMSNORM_RETURN_IF_ERROR(
+      DecodeForward(x, gamma, y, rrms, {eps, zero_centered_gamma, round_before_gamma}, &args));
+  Run(args, pool);
+  return ffi::Error::Success();
+}
+
+ffi::Error AddForward(ffi::AnyBuffer x, ffi::AnyBuffer addend, OptionalArg gamma,
+                      ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> h, OptionalRet rrms,
+                      float eps, bool zero_centered_gamma, bool round_before_gamma, int64_t /*sm_margin*/,
+                      ffi::ThreadPool pool) {
+  ForwardArgs args;
+  JAX_RMSNORM_RETURN_IF_ERROR(
+      DecodeForward(x, gamma, y, rrms, {eps, zero_centered_gamma, round_before_gamma}, &args));
+  JAX_RMSNORM_RETURN_IF_ERROR(DecodeAddend(addend, h, &args));
+  Run(args, pool);
+  return ffi::Error::Success();
+}
+
+ffi::Error RopeForward(ffi::AnyBuffer x, ffi::AnyBuffer cos, ffi::AnyBuffer sin, OptionalArg gamma,
+                       ffi::Result<ffi::AnyBuffer> y, OptionalRet rrms, float eps, bool zero_centered_gamma,
+                       bool round_before_gamma, int64_t /*sm_margin*/, int64_t heads, bool interleaved,
+                       ffi::ThreadPool pool) {
+  ForwardArgs args;
+  JAX_RMSNORM_RETURN_IF_ERROR(
+      DecodeForward(x, gamma, y, rrms, {eps, zero_centered_gamma, round_before_gamma}, &args));
+  JAX_RMSNORM_RETURN_IF_ERROR(DecodeRotary(cos, sin, heads, interleaved, args.shape, &args.rotary));
+  Run(args, pool);
+  return ffi::Error::Success();
+}
+
+ffi::Error Backward(ffi::AnyBuffer x, ffi::AnyBuffer rrms, ffi::AnyBuffer dy, OptionalArg gamma,
+                    ffi::Result<ffi::AnyBuffer> dx, OptionalRet dgamma, OptionalRet partials,
+                    bool zero_centered_gamma, bool round_before_gamma, int64_t /*sm_margin*/,
+                    ffi::ThreadPool pool) {
+  BackwardArgs args;
+  JAX_RMSNORM_RETURN_IF_ERROR(DecodeBackward(x, rrms, dy, gamma, dx, dgamma, partials,
+                                             {0.0f, zero_centered_gamma, round_before_gamma}, &args));
+  Run(args, pool);
+  return ffi::Error::Success();
+}
+
+ffi::Error AddBackward(ffi::AnyBuffer h, ffi::AnyBuffer rrms, ffi::AnyBuffer dy, ffi::AnyBuffer dh,
+                       OptionalArg gamma, ffi::Result<ffi::AnyBuffer> dx, OptionalRet dgamma,
+                       OptionalRet partials, bool zero_centered_gamma, bool round_before_gamma,
+                       int64_t /*sm_margin*/, ffi::ThreadPool pool) {
+  BackwardArgs args;
+  JAX_RMSNORM_RETURN_IF_ERROR(DecodeBackward(h, rrms, dy, gamma, dx, dgamma, partials,
+                                             {0.0f, zero_centered_gamma, round_before_gamma}, &args));
+  JAX_RMSNORM_RETURN_IF_ERROR(DecodeGradientOfSum(dh, &args));
+  Run(args, pool);
+  return ffi::Error::Success();
+}
+
+ffi::Error RopeBackward(ffi::AnyBuffer x, ffi::AnyBuffer rrms, ffi::AnyBuffer dy, ffi::AnyBuffer cos,
+                        ffi::AnyBuffer sin, OptionalArg gamma, ffi::Result<ffi::AnyBuffer> dx,
+                        OptionalRet dgamma, OptionalRet partials, bool zero_centered_gamma,
+                        bool round_before_gamma, int64_t /*sm_margin*/, int64_t heads, bool interleaved,
+                        ffi::ThreadPool pool) {
+  BackwardArgs args;
+  JAX_RMSNORM_RETURN_IF_ERROR(DecodeBackward(x, rrms, dy, gamma, dx, dgamma, partials,
+                                             {0.0f, zero_centered_gamma, round_before_gamma}, &args));
+  JAX_RMSNORM_RETURN_IF_ERROR(DecodeRotary(cos, sin, heads, interleaved, args.shape, &args.rotary));
+  Run(args, pool);
   return ffi::Error::Success();
 }
 
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuForward, Forward, ForwardBinding().Ctx<ffi::ThreadPool>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuAddForward, AddForward, AddForwardBinding().Ctx<ffi::ThreadPool>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuRopeForward, RopeForward, RopeForwardBinding().Ctx<ffi::ThreadPool>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuBackward, Backward, BackwardBinding().Ctx<ffi::ThreadPool>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuAddBackward, AddBackward, AddBackwardBinding().Ctx<ffi::ThreadPool>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuRopeBackward, RopeBackward, RopeBackwardBinding().Ctx<ffi::ThreadPool>());
 
 }  // namespace jax_rmsnorm

@@ -36,8 +36,20 @@ NB_MODULE(_cpu, m) {
       "forward", [] { return rms::Capsule(rms::CpuForward); },
       "The forward handler, for register_ffi_target.");
   m.def(
+      "add_forward", [] { return rms::Capsule(rms::CpuAddForward); },
+      "The fused add's forward handler, for register_ffi_target.");
+  m.def(
+      "rope_forward", [] { return rms::Capsule(rms::CpuRopeForward); },
+      "The fused rotary embedding's forward handler, for register_ffi_target.");
+  m.def(
       "backward", [] { return rms::Capsule(rms::CpuBackward); },
       "The backward handler, for register_ffi_target.");
+  m.def(
+      "add_backward", [] { return rms::Capsule(rms::CpuAddBackward); },
+      "The fused add's backward handler, for register_ffi_target.");
+  m.def(
+      "rope_backward", [] { return rms::Capsule(rms::CpuRopeBackward); },
+      "The fused rotary embedding's backward handler, for register_ffi_target.");
   m.def("instruction_sets", &rms::InstructionSets, "Instruction sets that this machine can run, best first.");
   m.def(
       "active_instruction_set", [] { return std::string(rms::ActiveKernels().name); },

@@ -4,6 +4,7 @@
 #include "backward_common.cuh"
 #include "backward_few.cuh"
 #include "backward_loop.cuh"
+#include "backward_rotary.cuh"
 #include "ring.cuh"
 
 namespace jax_rmsnorm {
@@ -17,9 +18,10 @@ namespace jax_rmsnorm {
 // and writes that row's dx: nobody waits for the slowest thread of the row. Both rows are in the ring, and
 // behind them the packets in flight, as many as the memory likes best.
 //
-// Preconditions: all tensors are aligned to 16 bytes, and with kAligned all rows; the row fits, hidden <=
-// kSize * kPackets * threads_per_row * blocks of the cluster, and without kAligned one packet less.
-template <typename T, typename D, int kSize, int kPackets, Scope kScope, bool kAligned>
+// Preconditions: all tensors are aligned to 16 bytes, and with kAligned or a gradient to add all rows; the
+// row fits, hidden <= kSize * kPackets * threads_per_row * blocks of the cluster, and without kAligned one
+// packet less.
+template <typename T, typename D, int kSize, int kPackets, Scope kScope, bool kAligned, Fusion kFusion>
 __global__ __launch_bounds__(kMaxThreads,
                              1) void BackwardKernel(const __grid_constant__ BackwardParams params) {
   constexpr int kAhead = kRowsAhead[static_cast<int>(kScope)][kPackets];
@@ -43,8 +45,10 @@ __global__ __launch_bounds__(kMaxThreads,
   const PacketRing<T, kSize, kAligned> x_ring(ring_memory, args.x, elements, threads);
   const PacketRing<D, kSize, kAligned> dy_ring(ring_memory + kPlaces * x_ring.Bytes(), args.dy, elements,
                                                threads);
-  GammaTable<kSize, kPackets> table(ring_memory + kPlaces * (x_ring.Bytes() + dy_ring.Bytes()), threads,
-                                    thread);
+  // Without kAligned the table of gamma is behind the rings, with an addend the ring of dh.
+  const uint32_t behind = ring_memory + kPlaces * (x_ring.Bytes() + dy_ring.Bytes());
+  const GammaTable<kSize, kPackets> table(behind, threads, thread);
+  const PacketRing<T, kSize, kAligned> dh_ring(behind, args.dh, elements, threads);
 
   int column[kPackets];
 #pragma unroll
@@ -76,6 +80,7 @@ __global__ __launch_bounds__(kMaxThreads,
         const bool whole = begin + hidden + 2 * kSize <= elements;
         x_ring.Copy(at + k, begin + column[k] - shift, whole);
         dy_ring.Copy(at + k, begin + column[k] - shift, whole);
+        if constexpr (kFusion == Fusion::kAdd) dh_ring.Copy(at + k, begin + column[k], whole);
       }
       CommitCopies();
     };
@@ -160,6 +165,7 @@ __global__ __launch_bounds__(kMaxThreads,
             T* dx_at = static_cast<T*>(args.dx) + last_start + first_column;
             if constexpr (kAligned) {
               Differentiate(x, dy, gamma[k], last_rrms, slope, dx);
+              if constexpr (kFusion == Fusion::kAdd) AddPacket(dh_ring.Read(last_from + k), dx);
               Packet<T, kSize> packet;
               packet.Set(dx);
               if (first_column < hidden) packet.Store(dx_at);
@@ -182,57 +188,35 @@ __global__ __launch_bounds__(kMaxThreads,
     if constexpr (!kAligned) __syncthreads();  // the table is read no more
     if (args.dgamma == nullptr) continue;
 
-    if (slots == 1) {
-#pragma unroll
-      for (int k = 0; k < kPackets; ++k) {
-        if (column[k] < hidden) StoreDgamma<kAligned>(params, group, block, column[k], dgamma[k]);
-      }
-      continue;
-    }
-    // The slots' shares are added up one after another.
-    float* shares = reinterpret_cast<float*>(shared);
-    __syncthreads();
-#pragma unroll
-    for (int k = 0; k < kPackets; ++k) {
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        if (column[k] + i < hidden) shares[slot * hidden + column[k] + i] = dgamma[k][i];
-      }
-    }
-    __syncthreads();
-    for (int at = threadIdx.x; at < hidden; at += blockDim.x) {
-      float total[1] = {0.0f};
-#pragma unroll 8
-      for (int s = 0; s < slots; ++s) total[0] += shares[s * hidden + at];
-      StoreDgamma<false>(params, group, block, at, total);
-    }
-    __syncthreads();
+    StoreBlockDgamma<kAligned>(params, group, block, slots, slot, column, dgamma,
+                               reinterpret_cast<float*>(shared));
   }
 }
 
-template <typename T, typename D, bool kAligned>
-auto FindBackwardAs(const LaunchConfig& config) -> void (*)(BackwardParams) {
-  constexpr int kSize = 16 / (sizeof(T) < sizeof(D) ? sizeof(T) : sizeof(D));
-  switch (config.scope) {
-    case Scope::kLanes:
-      return config.packets == 1 ? BackwardKernel<T, D, kSize, 1, Scope::kLanes, kAligned>
-                                 : BackwardKernel<T, D, kSize, 2, Scope::kLanes, kAligned>;
-    case Scope::kBlock:
-      return BackwardKernel<T, D, kSize, 2, Scope::kBlock, kAligned>;
-    case Scope::kCluster:
-      if constexpr (kAligned) {
-        if (config.packets == 3) return BackwardKernel<T, D, kSize, 3, Scope::kCluster, true>;
-      }
-      return BackwardKernel<T, D, kSize, 2, Scope::kCluster, kAligned>;
-    case Scope::kLoop:
-      return BackwardLoopKernel < T, D, kAligned ? kSize : 1 > ;
+template <typename T, typename D, int kSize, Fusion kFusion>
+auto FindBackwardAligned(const LaunchConfig& config) -> void (*)(BackwardParams) {
+  if (config.scope == Scope::kLanes) {
+    return config.packets == 1 ? BackwardKernel<T, D, kSize, 1, Scope::kLanes, true, kFusion>
+                               : BackwardKernel<T, D, kSize, 2, Scope::kLanes, true, kFusion>;
   }
-  return nullptr;
+  if (config.scope == Scope::kBlock) return BackwardKernel<T, D, kSize, 2, Scope::kBlock, true, kFusion>;
+  return config.packets == 2 ? BackwardKernel<T, D, kSize, 2, Scope::kCluster, true, kFusion>
+                             : BackwardKernel<T, D, kSize, 3, Scope::kCluster, true, kFusion>;
 }
 
-template <typename T, typename D>
+template <typename T, typename D, int kSize>
+auto FindBackwardUnaligned(const LaunchConfig& config) -> void (*)(BackwardParams) {
+  if (config.scope == Scope::kLanes) {
+    return config.packets == 1 ? BackwardKernel<T, D, kSize, 1, Scope::kLanes, false, Fusion::kNone>
+                               : BackwardKernel<T, D, kSize, 2, Scope::kLanes, false, Fusion::kNone>;
+  }
+  return config.scope == Scope::kBlock
+             ? BackwardKernel<T, D, kSize, 2, Scope::kBlock, false, Fusion::kNone>
+             : BackwardKernel<T, D, kSize, 2, Scope::kCluster, false, Fusion::kNone>;
+}
+
+template <typename T, typename D, int kSize>
 auto FindBackwardFew(const LaunchConfig& config) -> void (*)(BackwardParams) {
-  constexpr int kSize = 16 / (sizeof(T) < sizeof(D) ? sizeof(T) : sizeof(D));
   if (config.scope == Scope::kBlock) return BackwardFewKernel<T, D, kSize, 2, Scope::kBlock>;
   return config.packets == 1 ? BackwardFewKernel<T, D, kSize, 1, Scope::kLanes>
                              : BackwardFewKernel<T, D, kSize, 2, Scope::kLanes>;
@@ -240,13 +224,30 @@ auto FindBackwardFew(const LaunchConfig& config) -> void (*)(BackwardParams) {
 
 // The kernel that `config` asks for; the packet counts are those that ConfigureBackward hands out.
 template <typename T, typename D>
+auto FindBackward(const LaunchConfig& config, Fusion fusion) -> void (*)(BackwardParams) {
+  constexpr int kSize = 16 / (sizeof(T) < sizeof(D) ? sizeof(T) : sizeof(D));
+  if (config.scope == Scope::kLoop) {
+    return config.aligned ? BackwardLoopKernel<T, D, kSize> : BackwardLoopKernel<T, D, 1>;
+  }
+  if (fusion == Fusion::kRotary) return FindBackwardRotary<T, D, kSize>(config);
+  if (config.method == Method::kFew) return FindBackwardFew<T, D, kSize>(config);
+  if (!config.aligned) {
+    if constexpr (std::is_same_v<T, D>) return FindBackwardUnaligned<T, D, kSize>(config);
+    return nullptr;
+  }
+  return fusion == Fusion::kAdd ? FindBackwardAligned<T, D, kSize, Fusion::kAdd>(config)
+                                : FindBackwardAligned<T, D, kSize, Fusion::kNone>(config);
+}
+
+template <typename T, typename D>
 cudaError_t LaunchBackwardAs(const BackwardArgs& args, const LaunchConfig& config, cudaStream_t stream) {
-  const BackwardParams params{args, 1.0f / static_cast<float>(args.shape.hidden), config.threads_per_row,
-                              config.blocks_per_group, config.tiles};
-  const auto kernel = config.method == Method::kFew ? FindBackwardFew<T, D>(config)
-                      : config.aligned              ? FindBackwardAs<T, D, true>(config)
-                                                    : FindBackwardAs<T, D, false>(config);
-  return LaunchKernel(kernel, params, config, stream);
+  const BackwardParams params{args,
+                              1.0f / static_cast<float>(args.shape.hidden),
+                              config.threads_per_row,
+                              config.blocks_per_group,
+                              config.tiles,
+                              RotaryPlaces(args.rotary)};
+  return LaunchKernel(FindBackward<T, D>(config, FusionOf(args)), params, config, stream);
 }
 
 }  // namespace jax_rmsnorm

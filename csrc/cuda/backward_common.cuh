@@ -6,6 +6,7 @@
 #include "launch.h"
 #include "packet.cuh"
 #include "reduce.cuh"
+#include "rotary.cuh"
 #include "unaligned.cuh"
 
 namespace jax_rmsnorm {
@@ -15,7 +16,8 @@ struct BackwardParams {
   float inverse_hidden;
   int threads_per_row;
   int64_t blocks_per_group;
-  int64_t tiles;  // of dgamma, in a group, where BackwardFewKernel works
+  int64_t tiles;        // of dgamma, in a group, where BackwardFewKernel works
+  RotaryPlaces places;  // of BackwardRotaryKernel
 };
 
 // A thread's part of the sum over a row of dy * gamma * x, and dgamma += dy * x * rrms.
@@ -53,6 +55,15 @@ __device__ __forceinline__ void Differentiate(const float (&x)[kSize], const flo
   for (int i = 0; i < kSize; ++i) dx[i] = dy[i] * rrms * gamma[i] + x[i] * slope;
 }
 
+// dx += dh, of the element type of x.
+template <typename T, int kSize>
+__device__ __forceinline__ void AddPacket(const Packet<T, kSize>& dh, float (&dx)[kSize]) {
+  float values[kSize];
+  dh.Get(values);
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) dx[i] += values[i];
+}
+
 // A block's part of dgamma at the kSize columns from `column` on: into its partial row, or into dgamma itself
 // where the group has no other block. `group` and `block` count from 0.
 template <bool kAligned, int kSize>
@@ -75,6 +86,39 @@ __device__ __forceinline__ void StoreDgamma(const BackwardParams& params, int64_
       }
     });
   }
+}
+
+// A block's part of dgamma out of those of its threads: each of `slots` runs of threads has one of its own at
+// columns column[k] on. Those of several slots are added up one after another, in `shares`: float32 [slots,
+// hidden] of shared memory, which all threads have read by the end.
+template <bool kAligned, int kSize, int kPackets>
+__device__ __forceinline__ void StoreBlockDgamma(const BackwardParams& params, int64_t group, int64_t block,
+                                                 int slots, int slot, const int (&column)[kPackets],
+                                                 const float (&dgamma)[kPackets][kSize], float* shares) {
+  const int hidden = static_cast<int>(params.args.shape.hidden);
+  if (slots == 1) {
+#pragma unroll
+    for (int k = 0; k < kPackets; ++k) {
+      if (column[k] < hidden) StoreDgamma<kAligned>(params, group, block, column[k], dgamma[k]);
+    }
+    return;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < kPackets; ++k) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      if (column[k] + i < hidden) shares[slot * hidden + column[k] + i] = dgamma[k][i];
+    }
+  }
+  __syncthreads();
+  for (int at = threadIdx.x; at < hidden; at += blockDim.x) {
+    float total[1] = {0.0f};
+#pragma unroll 8
+    for (int s = 0; s < slots; ++s) total[0] += shares[s * hidden + at];
+    StoreDgamma<false>(params, group, block, at, total);
+  }
+  __syncthreads();
 }
 
 }  // namespace jax_rmsnorm

@@ -23,15 +23,18 @@ __device__ __forceinline__ void DifferentiateRows(const BackwardParams& params, 
 
   Packet<T, kSize> x[kPackets];
   Packet<D, kSize> dy[kPackets];
+  Packet<T, kSize> dh[kPackets];
   const auto column = [&](int k) { return (k * threads + thread) * kSize; };
   const int64_t start = row * hidden;
 #pragma unroll
   for (int k = 0; k < kPackets; ++k) {
     x[k].SetZero();
     dy[k].SetZero();
+    dh[k].SetZero();
     if (!live || column(k) >= hidden) continue;
     x[k].Load(static_cast<const T*>(args.x) + start + column(k));
     dy[k].Load(static_cast<const D*>(args.dy) + start + column(k));
+    if (args.dh != nullptr) dh[k].Load(static_cast<const T*>(args.dh) + start + column(k));
   }
   const float rrms = live ? args.rrms[row] : 0.0f;
   float gamma[kPackets][kSize] = {};
@@ -56,6 +59,7 @@ __device__ __forceinline__ void DifferentiateRows(const BackwardParams& params, 
     x[k].Get(xs);
     dy[k].Get(dys);
     Differentiate(xs, dys, gamma[k], rrms, slope, dx);
+    AddPacket(dh[k], dx);
     Packet<T, kSize> packet;
     packet.Set(dx);
     packet.Store(static_cast<T*>(args.dx) + start + column(k));

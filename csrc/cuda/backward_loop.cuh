@@ -64,6 +64,11 @@ __global__ __launch_bounds__(512) void BackwardLoopKernel(const __grid_constant_
           }
           xs[i] = rrms * (dys[i] * gammas[i] - normalized * c);
         }
+        if (args.dh != nullptr) {
+          Packet<T, kSize> dh;
+          dh.Load(static_cast<const T*>(args.dh) + offset + column);
+          AddPacket(dh, xs);
+        }
         Packet<T, kSize> dx;
         dx.Set(xs);
         dx.Store(static_cast<T*>(args.dx) + offset + column);

@@ -76,7 +76,9 @@ struct Ring {
     // Lanes of unaligned rows share packets, and need one more for every run of them.
     const int run = std::min(config.threads_per_row, kWarp);
     const int packets = config.block + (aligned ? 0 : config.block / run);
-    const int rows = kRowsAhead[static_cast<int>(config.scope)][config.packets] + 2;
+    const int ahead = config.rows > 1 ? kRotaryAhead[config.rows]
+                                      : kRowsAhead[static_cast<int>(config.scope)][config.packets];
+    const int rows = (ahead + 2) * config.rows;
     // gamma's columns, and those of the packet before.
     const int64_t table = aligned ? 0 : int64_t{2} * width * config.packets * config.threads_per_row * 4;
     return rows * config.packets * packets * packet_bytes + table;
@@ -147,6 +149,39 @@ LaunchConfig UnalignedForwardLayout(int64_t hidden, int wide, DType x, int64_t r
   return config;
 }
 
+// With an addend no block is persistent: a row is the hardware's to deal out, whatever the margin.
+LaunchConfig AddLayout(const Device& device, const Ring& ring, int64_t hidden, DType x,
+                       int64_t most_packets) {
+  if (!ring.aligned) return Loop();
+  const int64_t packets = hidden / ring.width;
+  LaunchConfig config;
+  if (packets <= most_packets) {
+    config = ForwardLayout(device, ring, packets);
+  } else if (StageBytes(hidden * SizeOf(x)) <= ring.room) {
+    config = Block(packets, static_cast<int>(std::max<int64_t>(4, CeilDiv(packets, kMaxThreads))));
+    config.method = Method::kStaged;
+    config.shared_memory = StageBytes(hidden * SizeOf(x));
+  } else {
+    config = Loop();
+  }
+  config.width = ring.width;
+  return config;
+}
+
+// Rows that are rotated, in packets of `width` elements. In halves, a thread has the packets that meet.
+LaunchConfig RotaryLayout(int64_t hidden, int64_t width, const Fused& fused, int block) {
+  const int64_t packets = hidden / width;
+  LaunchConfig config = Lanes(packets, 2, block);
+  if (!fused.interleaved) {
+    config.threads_per_row = static_cast<int>(fused.rotary_width / 2 / width);
+    config.packets = packets > 2 * config.threads_per_row ? 4 : 2;
+    if (config.packets == 2 && fused.heads % 2 == 0) config.rows = 2;
+  }
+  config.interleaved = fused.interleaved;
+  config.width = static_cast<int>(width);
+  return config;
+}
+
 LaunchConfig BackwardLayout(const Device& device, const Ring& ring, int64_t packets) {
   const int per_thread = packets == 1 ? 1 : 2;
   if (packets <= per_thread * kWarp) return Lanes(packets, per_thread, kWarp);
@@ -183,14 +218,19 @@ int ResidentBlocks(const Device& device, int cluster, int margin) {
 }  // namespace
 
 LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x, Alignment alignment,
-                              int margin) {
+                              int margin, const Fused& fused) {
   // Packets of a row that a block of ForwardKernel can have and be no more than a quarter of an SM.
   constexpr int64_t kMostPackets = 1024;
+  constexpr int kRotaryBlock = 128;
   const auto width = static_cast<int>(16 / SizeOf(x));
   const int64_t room = device.shared_memory - kOtherSharedMemory;
   const Ring ring{width * SizeOf(x), alignment == Alignment::kRows, width, room};
   LaunchConfig config;
-  if (ring.aligned) {
+  if (fused.fusion == Fusion::kRotary) {
+    config = RotaryLayout(shape.hidden, width, fused, margin > 0 ? kFusedThreads : kRotaryBlock);
+  } else if (fused.fusion == Fusion::kAdd) {
+    config = AddLayout(device, ring, shape.hidden, x, kMostPackets);
+  } else if (ring.aligned) {
     config = ForwardLayout(device, ring, shape.hidden / width);
     config.width = width;
     const bool one_block = config.scope == Scope::kLanes || config.scope == Scope::kBlock;
@@ -215,29 +255,36 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
     config.grid = std::min(resident, config.blocks_per_group * shape.groups) * config.cluster;
   } else {  // the hardware scheduler deals out the rows, unless SMs are to be left alone
     const int64_t most = margin > 0 ? UsableSMs(device, margin) : kMaxGrid;
-    config.grid = std::min(CeilDiv(shape.groups * shape.rows, slots), most);
+    config.grid = std::min(CeilDiv(shape.groups * shape.rows, slots * config.rows), most);
     config.dependent = device.dependent_launch;
   }
   return config;
 }
 
 LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x, DType dy,
-                               Alignment alignment, int64_t partial_rows, int margin) {
-  // Threads of a block with several rows: the fastest on an H200.
-  constexpr int kLanesThreads = 384;
+                               Alignment alignment, int64_t partial_rows, int margin, const Fused& fused) {
   constexpr int kFewThreads = 256;
   const auto width = static_cast<int>(16 / std::min(SizeOf(x), SizeOf(dy)));
   const int64_t packets = PacketsOf(shape.hidden, width, alignment);
   const int64_t room = device.shared_memory - kOtherSharedMemory;
-  const Ring ring{width * (SizeOf(x) + SizeOf(dy)), alignment == Alignment::kRows, width, room};
-  LaunchConfig config = alignment == Alignment::kNone ? Loop() : BackwardLayout(device, ring, packets);
+  const bool add = fused.fusion == Fusion::kAdd, rotary = fused.fusion == Fusion::kRotary;
+  const Ring ring{width * (SizeOf(x) + SizeOf(dy) + (add ? SizeOf(x) : 0)), alignment == Alignment::kRows,
+                  width, room};
+  LaunchConfig config;
+  if (rotary) {
+    config = RotaryLayout(shape.hidden, width, fused, kWarp);
+  } else if (alignment == Alignment::kRows || (alignment == Alignment::kTensors && x == dy && !add)) {
+    config = BackwardLayout(device, ring, packets);
+  } else {
+    config = Loop();
+  }
   config.aligned = ring.aligned;
   config.width = config.scope == Scope::kLoop && !config.aligned ? 1 : width;
   config.most_shared_memory = room;
 
   const bool lanes = config.scope == Scope::kLanes;
   const int few_threads = lanes ? kFewThreads : config.threads_per_row;
-  if (config.aligned && (lanes || config.scope == Scope::kBlock) && margin == 0 &&
+  if (config.aligned && !rotary && (lanes || config.scope == Scope::kBlock) && margin == 0 &&
       AreFew(shape, x, few_threads)) {
     config.method = Method::kFew;
     config.dependent = device.dependent_launch;
@@ -255,12 +302,22 @@ LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x
     config.shared_memory = std::max(config.shared_memory, slots * shape.hidden * 4);
   }
   const int64_t resident = ResidentBlocks(device, config.cluster, margin);
-  const int64_t items = CeilDiv(shape.rows, slots);
+  const int64_t items = CeilDiv(shape.rows, slots * config.rows);
   const int64_t wanted = std::max<int64_t>(1, resident / std::max<int64_t>(1, shape.groups));
   config.blocks_per_group =
       std::max<int64_t>(1, std::min({items, wanted, partial_rows == 0 ? shape.rows : partial_rows}));
   config.grid = std::min(resident, config.blocks_per_group * shape.groups) * config.cluster;
   return config;
+}
+
+bool FusesRotary(int64_t hidden, int64_t size, const Fused& fused, bool backward) {
+  const int64_t width = 16 / size;
+  if (hidden % width != 0) return false;
+  if (fused.interleaved) return fused.rotary_width % width == 0 && hidden <= 2 * kWarp * width;
+  if (fused.rotary_width % (2 * width) != 0) return false;
+  const int64_t threads = fused.rotary_width / 2 / width, packets = hidden / width;
+  return threads >= 1 && threads <= kWarp && NextPowerOfTwo(threads) == threads &&
+         packets <= (backward ? 2 : 4) * threads;
 }
 
 }  // namespace jax_rmsnorm

@@ -33,6 +33,10 @@ enum class Alignment : int32_t {
 
 constexpr int kMaxThreads = 512;  // a block, at up to 128 registers each
 
+constexpr int kLanesThreads =
+    384;  // a block of a persistent backward of several rows: the fastest on an H200
+constexpr int kFusedThreads = 256;  // a block of the fused forward kernels, at more registers each
+
 // Rows that a ring copies ahead of the one that is read, by scope and packets a thread: some 64 KiB an SM,
 // and less in a cluster, whose blocks wait for one another. More bytes in flight make the memory slower.
 constexpr int kRowsAhead[3][5] = {{0, 2, 2, 0, 1}, {0, 0, 2, 0, 1}, {0, 0, 1, 1, 1}};
@@ -43,6 +47,9 @@ constexpr int64_t StageBytes(int64_t bytes) { return (bytes + 15) / 16 * 16 + 2 
 
 // Of a row that a thread of the plain forward kernel holds where it takes no more than the row needs.
 constexpr int kForwardBytes = 64;
+
+// Turns that a ring copies ahead where a slot takes `rows` rows of a rotary embedding at a time.
+constexpr int kRotaryAhead[3] = {0, 2, 1};
 
 // Columns, in packets, of a tile of dgamma.
 constexpr int kTilePackets = 8;
@@ -60,6 +67,14 @@ struct Device {
   int resident_clusters[4] = {};
 };
 
+// What the configuration must know of a fused operation.
+struct Fused {
+  Fusion fusion = Fusion::kNone;
+  int64_t rotary_width = 0;
+  int64_t heads = 1;
+  bool interleaved = false;
+};
+
 struct LaunchConfig {
   Method method = Method::kPlain;
   Scope scope = Scope::kLanes;
@@ -67,10 +82,12 @@ struct LaunchConfig {
   int width = 1;                   // elements a packet
   int packets = 1;                 // packets of a row that a thread has (compile-time in the kernels)
   int threads_per_row = 1;         // within one block
+  int rows = 1;                    // that a slot takes at a time
   int block = 32;                  // threads a block
   int cluster = 1;                 // blocks a row
   int64_t grid = 0;                // blocks; a multiple of `cluster`
   bool dependent = false;          // launched while the stream's last kernel ends, which it waits for
+  bool interleaved = false;        // the rotary embedding, if any
   int64_t tiles = 0;               // kFew: of a group's dgamma
   int64_t blocks_per_group = 0;    // persistent blocks (or clusters) that share the rows of one group
   int64_t shared_memory = 0;       // dynamic, in bytes
@@ -80,9 +97,14 @@ struct LaunchConfig {
 // `margin`: SMs to leave alone. The mapping of elements to threads depends on hidden, dtypes and alignment
 // only, never on the number of rows, the device or the margin: a row's bits are the same in every batch.
 LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x, Alignment alignment,
-                              int margin);
+                              int margin, const Fused& fused = {});
 
 LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x, DType dy,
-                               Alignment alignment, int64_t partial_rows, int margin);
+                               Alignment alignment, int64_t partial_rows, int margin,
+                               const Fused& fused = {});
+
+// Whether there are kernels with a rotary embedding for rows of `hidden` elements of `size` bytes, the
+// narrowest operand's; the backward has fewer. The configuration of others is none.
+bool FusesRotary(int64_t hidden, int64_t size, const Fused& fused, bool backward);
 
 }  // namespace jax_rmsnorm

@@ -5,6 +5,7 @@
 
 #include "forward_common.cuh"
 #include "forward_ring.cuh"
+#include "forward_rotary.cuh"
 #include "forward_staged.cuh"
 
 namespace jax_rmsnorm {
@@ -15,11 +16,12 @@ namespace jax_rmsnorm {
 //
 // Preconditions: hidden is a multiple of kSize and all rows are aligned to packets, of 16 bytes at the most;
 // the row fits, hidden <= kSize * kPackets * threads_per_row.
-template <typename T, typename G, int kSize, int kPackets, Scope kScope>
-__global__ __launch_bounds__(kMaxThreads,
-                             kScope == Scope::kLanes && sizeof(G) == 4
-                                 ? 1
-                                 : 2) void ForwardKernel(const __grid_constant__ ForwardParams params) {
+template <typename T, typename G, typename A, int kSize, int kPackets, Scope kScope>
+__global__ __launch_bounds__(std::is_void_v<A> ? kMaxThreads : kFusedThreads,
+                             (kScope == Scope::kLanes && sizeof(G) == 4 ? 1 : 2) +
+                                 (std::is_void_v<A>
+                                      ? 0
+                                      : 1)) void ForwardKernel(const __grid_constant__ ForwardParams params) {
   constexpr bool kEarlyGamma = kPackets * Packet<G, kSize>::kRegisters <= 16;
   const ForwardArgs& args = params.args;
   const Arithmetic& arithmetic = args.arithmetic;
@@ -49,6 +51,9 @@ __global__ __launch_bounds__(kMaxThreads,
     for (int k = 0; k < kPackets; ++k) {
       packets[k].SetZero();
       if (live && column(k) < hidden) packets[k].Load(x + start + column(k));
+    }
+    if constexpr (!std::is_void_v<A>) {
+      if (live) AddAddends<A>(args, start, hidden, column, packets);
     }
     if constexpr (kEarlyGamma) {
 #pragma unroll
@@ -107,17 +112,20 @@ __global__ __launch_bounds__(kMaxThreads) void ForwardLoopKernel(
 #pragma unroll 4
     for (int64_t column = first; column < hidden; column += step) {
       packet.Load(x_row + column);
+      if (args.addend != nullptr) AddAddend(args, row * hidden + column, &packet);
       packet.Get(values);
       sum += SumOfSquares(values);
     }
     const float rrms = rsqrtf(row_sum(sum) * params.inverse_hidden + args.arithmetic.eps);
     if (args.rrms != nullptr && threadIdx.x == 0) args.rrms[row] = rrms;
 
+    // A thread reads again what it has read or written itself.
+    const T* again = args.addend == nullptr ? x_row : static_cast<const T*>(args.h) + row * hidden;
 #pragma unroll 2
     for (int64_t column = first; column < hidden; column += step) {
       Packet<G, kSize> gamma;
       if (gamma_row != nullptr) gamma.Load(gamma_row + column);
-      packet.Load(x_row + column);
+      packet.Load(again + column);
       float scale[kSize], y[kSize];
       GetGamma(gamma, gamma_row != nullptr, args.arithmetic.zero_centered_gamma, scale);
       packet.Get(values);
@@ -127,18 +135,26 @@ __global__ __launch_bounds__(kMaxThreads) void ForwardLoopKernel(
   }
 }
 
-// Packets of kSize elements, the widest that all rows are aligned to.
-template <typename T, typename G, int kSize>
+// Packets of kSize elements, the widest that all rows are aligned to; an addend of type A, if not void.
+template <typename T, typename G, typename A, int kSize>
 auto FindForwardPlain(const LaunchConfig& config) -> void (*)(ForwardParams) {
   constexpr int kBytes = kSize * static_cast<int>(sizeof(T));
   constexpr int kMany = kForwardBytes / kBytes;
   if constexpr (kBytes == 16) {
-    if (config.packets == 1) return ForwardKernel<T, G, kSize, 1, Scope::kLanes>;
-    if (config.packets == 2) return ForwardKernel<T, G, kSize, 2, Scope::kLanes>;
+    if (config.packets == 1) return ForwardKernel<T, G, A, kSize, 1, Scope::kLanes>;
+    if (config.packets == 2) return ForwardKernel<T, G, A, kSize, 2, Scope::kLanes>;
   }
-  if (config.scope == Scope::kBlock) return ForwardKernel<T, G, kSize, kMany, Scope::kBlock>;
-  return config.packets == 4 ? ForwardKernel<T, G, kSize, 4, Scope::kLanes>
-                             : ForwardKernel<T, G, kSize, kMany, Scope::kLanes>;
+  if (config.scope == Scope::kBlock) return ForwardKernel<T, G, A, kSize, kMany, Scope::kBlock>;
+  return config.packets == 4 ? ForwardKernel<T, G, A, kSize, 4, Scope::kLanes>
+                             : ForwardKernel<T, G, A, kSize, kMany, Scope::kLanes>;
+}
+
+template <typename T, typename G>
+auto FindForwardAdd(const LaunchConfig& config, DType addend) -> void (*)(ForwardParams) {
+  constexpr int kSize = 16 / sizeof(T);
+  if (addend == DType::kBF16) return FindForwardPlain<T, G, __nv_bfloat16, kSize>(config);
+  if (addend == DType::kF16) return FindForwardPlain<T, G, __half, kSize>(config);
+  return FindForwardPlain<T, G, float, kSize>(config);
 }
 
 template <typename T, typename G>
@@ -158,27 +174,33 @@ auto FindForwardRing(const LaunchConfig& config) -> void (*)(ForwardParams) {
 
 // The kernel that `config` asks for; the packet counts are those that ConfigureForward hands out.
 template <typename T, typename G>
-auto FindForward(const LaunchConfig& config) -> void (*)(ForwardParams) {
+auto FindForward(const LaunchConfig& config, const ForwardArgs& args) -> void (*)(ForwardParams) {
+  constexpr int kSize = 16 / sizeof(T);
   if (config.scope == Scope::kLoop) {
-    return config.aligned ? ForwardLoopKernel<T, G, 16 / sizeof(T)> : ForwardLoopKernel<T, G, 1>;
+    return config.aligned ? ForwardLoopKernel<T, G, kSize> : ForwardLoopKernel<T, G, 1>;
   }
   if (config.method == Method::kRing) return FindForwardRing<T>(config);
   if (config.method == Method::kStaged) return FindForwardStaged<T, G>(config);
-  constexpr int kSize = 16 / sizeof(T);
-  if (config.width == kSize) return FindForwardPlain<T, G, kSize>(config);
-  if (config.width == kSize / 2) return FindForwardPlain<T, G, kSize / 2>(config);
-  if (kSize > 4 && config.width == kSize / 4) return FindForwardPlain<T, G, kSize / 4>(config);
-  return FindForwardPlain<T, G, 1>(config);
+  if (FusionOf(args) == Fusion::kRotary) return FindForwardRotary<T, G>(config);
+  if (FusionOf(args) == Fusion::kAdd) return FindForwardAdd<T, G>(config, args.addend_dtype);
+  if (config.width == kSize) return FindForwardPlain<T, G, void, kSize>(config);
+  if (config.width == kSize / 2) return FindForwardPlain<T, G, void, kSize / 2>(config);
+  if (kSize > 4 && config.width == kSize / 4) return FindForwardPlain<T, G, void, kSize / 4>(config);
+  return FindForwardPlain<T, G, void, 1>(config);
 }
 
 template <typename T>
 cudaError_t LaunchForwardAs(const ForwardArgs& args, const LaunchConfig& config, cudaStream_t stream) {
-  const int64_t slots = config.block / config.threads_per_row;
+  const int64_t slots = config.block / config.threads_per_row * config.rows;
   const int64_t rows = args.shape.groups * args.shape.rows;
-  const ForwardParams params{args, 1.0f / static_cast<float>(args.shape.hidden), config.threads_per_row,
-                             (rows + slots - 1) / slots, config.blocks_per_group};
+  const ForwardParams params{args,
+                             1.0f / static_cast<float>(args.shape.hidden),
+                             config.threads_per_row,
+                             (rows + slots - 1) / slots,
+                             config.blocks_per_group,
+                             RotaryPlaces(args.rotary)};
   return DispatchType(args.gamma == nullptr ? args.x_dtype : args.gamma_dtype, [&](auto gamma) {
-    return LaunchKernel(FindForward<T, decltype(gamma)>(config), params, config, stream);
+    return LaunchKernel(FindForward<T, decltype(gamma)>(config, args), params, config, stream);
   });
 }
 

@@ -6,6 +6,7 @@
 #include "launch.h"
 #include "packet.cuh"
 #include "reduce.cuh"
+#include "rotary.cuh"
 #include "unaligned.cuh"
 
 namespace jax_rmsnorm {
@@ -16,6 +17,7 @@ struct ForwardParams {
   int threads_per_row;
   int64_t items;             // of ForwardKernel: rows, or runs of rows where a block takes several
   int64_t blocks_per_group;  // of ForwardRingKernel
+  RotaryPlaces places;       // of ForwardRotaryKernel
 };
 
 template <int kSize>
@@ -38,6 +40,41 @@ __device__ __forceinline__ void Normalize(const float (&x)[kSize], float rrms, c
   }
 #pragma unroll
   for (int i = 0; i < kSize; ++i) y[i] *= gamma[i];
+}
+
+// x + addend, rounded to T: writes h, and puts it in x's place. Packets of x that begin at column(k) of the
+// row at element `start`; the addend is of type A.
+template <typename A, typename T, int kSize, int kPackets, typename Column>
+__device__ __forceinline__ void AddAddends(const ForwardArgs& args, int64_t start, int hidden,
+                                           const Column& column, Packet<T, kSize> (&packets)[kPackets]) {
+  const A* addend = static_cast<const A*>(args.addend) + start;
+  T* h = static_cast<T*>(args.h) + start;
+  Packet<A, kSize> addends[kPackets];
+#pragma unroll
+  for (int k = 0; k < kPackets; ++k) {
+    if (column(k) < hidden) addends[k].Load(addend + column(k));
+  }
+#pragma unroll
+  for (int k = 0; k < kPackets; ++k) {
+    if (column(k) >= hidden) continue;
+    float x[kSize], a[kSize];
+    packets[k].Get(x);
+    addends[k].Get(a);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) x[i] += a[i];
+    packets[k].Set(x);
+    packets[k].Store(h + column(k));
+  }
+}
+
+// The same for one packet, at element `at`, and any type of addend.
+template <typename T, int kSize>
+__device__ __forceinline__ void AddAddend(const ForwardArgs& args, int64_t at, Packet<T, kSize>* packet) {
+  WithType(args.addend_dtype, [&](auto tag) {
+    Packet<T, kSize> packets[1] = {*packet};
+    AddAddends<decltype(tag)>(args, at, 1, [](int) { return 0; }, packets);
+    *packet = packets[0];
+  });
 }
 
 __device__ __forceinline__ int64_t GammaRow(const Shape& shape, int64_t row) {

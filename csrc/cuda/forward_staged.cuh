@@ -41,16 +41,26 @@ __global__ __launch_bounds__(kMaxThreads, kAligned || sizeof(G) < 4 ? 3 : 2) voi
     const int shift = kAligned ? 0 : static_cast<int>(start & (kSize - 1));
     const int64_t base = start - shift;
     const bool inside = kAligned || base + shift + hidden + kSize <= elements;
+    if (kAligned && args.addend != nullptr) {
 #pragma unroll 4
-    for (int at = first; at < shift + hidden; at += step) {
-      if (inside) {
-        CopyAsync16(address(at), x + base + at);
-      } else {
-        StoreShared16(address(at), Window<T, kSize>(x, base + at, elements).Load(0).registers);
+      for (int column = first; column < hidden; column += step) {
+        Packet<T, kSize> packet;
+        packet.Load(x + start + column);
+        AddAddend(args, start + column, &packet);
+        StoreShared16(address(column), packet.registers);
       }
+    } else {
+#pragma unroll 4
+      for (int at = first; at < shift + hidden; at += step) {
+        if (inside) {
+          CopyAsync16(address(at), x + base + at);
+        } else {
+          StoreShared16(address(at), Window<T, kSize>(x, base + at, elements).Load(0).registers);
+        }
+      }
+      CommitCopies();
+      WaitCopies<0>();
     }
-    CommitCopies();
-    WaitCopies<0>();
     if constexpr (!kAligned) __syncthreads();  // aligned: each thread reads what it copied
 
     float sum = 0.0f;

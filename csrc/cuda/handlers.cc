@@ -34,6 +34,52 @@ ffi::Error Backward(ffi::AnyBuffer x, ffi::AnyBuffer rrms, ffi::AnyBuffer dy, Op
   return ToError("backward", LaunchBackward(args, static_cast<int>(sm_margin), stream));
 }
 
+ffi::Error AddForward(ffi::AnyBuffer x, ffi::AnyBuffer addend, OptionalArg gamma,
+                      ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> h, OptionalRet rrms,
+                      float eps, bool zero_centered_gamma, bool round_before_gamma, int64_t sm_margin,
+                      cudaStream_t stream) {
+  ForwardArgs args;
+  JAX_RMSNORM_RETURN_IF_ERROR(
+      DecodeForward(x, gamma, y, rrms, {eps, zero_centered_gamma, round_before_gamma}, &args));
+  JAX_RMSNORM_RETURN_IF_ERROR(DecodeAddend(addend, h, &args));
+  return ToError("forward with an addend", LaunchForward(args, static_cast<int>(sm_margin), stream));
+}
+
+ffi::Error AddBackward(ffi::AnyBuffer h, ffi::AnyBuffer rrms, ffi::AnyBuffer dy, ffi::AnyBuffer dh,
+                       OptionalArg gamma, ffi::Result<ffi::AnyBuffer> dx, OptionalRet dgamma,
+                       OptionalRet partials, bool zero_centered_gamma, bool round_before_gamma,
+                       int64_t sm_margin, cudaStream_t stream) {
+  BackwardArgs args;
+  JAX_RMSNORM_RETURN_IF_ERROR(DecodeBackward(h, rrms, dy, gamma, dx, dgamma, partials,
+                                             {0.0f, zero_centered_gamma, round_before_gamma}, &args));
+  JAX_RMSNORM_RETURN_IF_ERROR(DecodeGradientOfSum(dh, &args));
+  return ToError("backward with an addend", LaunchBackward(args, static_cast<int>(sm_margin), stream));
+}
+
+ffi::Error RopeForward(ffi::AnyBuffer x, ffi::AnyBuffer cos, ffi::AnyBuffer sin, OptionalArg gamma,
+                       ffi::Result<ffi::AnyBuffer> y, OptionalRet rrms, float eps, bool zero_centered_gamma,
+                       bool round_before_gamma, int64_t sm_margin, int64_t heads, bool interleaved,
+                       cudaStream_t stream) {
+  ForwardArgs args;
+  JAX_RMSNORM_RETURN_IF_ERROR(
+      DecodeForward(x, gamma, y, rrms, {eps, zero_centered_gamma, round_before_gamma}, &args));
+  JAX_RMSNORM_RETURN_IF_ERROR(DecodeRotary(cos, sin, heads, interleaved, args.shape, &args.rotary));
+  return ToError("forward with a rotary embedding", LaunchForward(args, static_cast<int>(sm_margin), stream));
+}
+
+ffi::Error RopeBackward(ffi::AnyBuffer x, ffi::AnyBuffer rrms, ffi::AnyBuffer dy, ffi::AnyBuffer cos,
+                        ffi::AnyBuffer sin, OptionalArg gamma, ffi::Result<ffi::AnyBuffer> dx,
+                        OptionalRet dgamma, OptionalRet partials, bool zero_centered_gamma,
+                        bool round_before_gamma, int64_t sm_margin, int64_t heads, bool interleaved,
+                        cudaStream_t stream) {
+  BackwardArgs args;
+  JAX_RMSNORM_RETURN_IF_ERROR(DecodeBackward(x, rrms, dy, gamma, dx, dgamma, partials,
+                                             {0.0f, zero_centered_gamma, round_before_gamma}, &args));
+  JAX_RMSNORM_RETURN_IF_ERROR(DecodeRotary(cos, sin, heads, interleaved, args.shape, &args.rotary));
+  return ToError("backward with a rotary embedding",
+                 LaunchBackward(args, static_cast<int>(sm_margin), stream));
+}
+
 ffi::Error Roof(ffi::AnyBuffer a, OptionalArg b, ffi::Result<ffi::AnyBuffer> out, int64_t variant,
                 cudaStream_t stream) {
   const auto bytes = static_cast<int64_t>(a.size_bytes());
@@ -48,11 +94,16 @@ ffi::Error Roof(ffi::AnyBuffer a, OptionalArg b, ffi::Result<ffi::AnyBuffer> out
 }  // namespace
 
 // Command-buffer compatible: XLA may record the launches into a CUDA graph and replay them.
-XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaForward, Forward, ForwardBinding().Ctx<ffi::PlatformStream<cudaStream_t>>(),
-                              {ffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaBackward, Backward,
-                              BackwardBinding().Ctx<ffi::PlatformStream<cudaStream_t>>(),
-                              {ffi::Traits::kCmdBufferCompatible});
+#define JAX_RMSNORM_DEFINE_HANDLER(name)                                                                    \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(Cuda##name, name, name##Binding().Ctx<ffi::PlatformStream<cudaStream_t>>(), \
+                                {ffi::Traits::kCmdBufferCompatible})
+
+JAX_RMSNORM_DEFINE_HANDLER(Forward);
+JAX_RMSNORM_DEFINE_HANDLER(Backward);
+JAX_RMSNORM_DEFINE_HANDLER(AddForward);
+JAX_RMSNORM_DEFINE_HANDLER(AddBackward);
+JAX_RMSNORM_DEFINE_HANDLER(RopeForward);
+JAX_RMSNORM_DEFINE_HANDLER(RopeBackward);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaRoof, Roof,
                               ffi::Ffi::Bind()
                                   .Arg<ffi::AnyBuffer>()          // a

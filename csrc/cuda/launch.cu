@@ -37,6 +37,12 @@ Alignment AlignmentOf(bool tensors_aligned, int64_t hidden, int64_t width) {
   return !tensors_aligned ? Alignment::kNone : hidden % width != 0 ? Alignment::kTensors : Alignment::kRows;
 }
 
+// Rows are counted in 32 bits where their positions are looked up.
+bool CanRotate(const Shape& shape, int64_t size, const Fused& fused, bool backward) {
+  constexpr int64_t kMostRows = int64_t{1} << 31;
+  return shape.groups * shape.rows < kMostRows && FusesRotary(shape.hidden, size, fused, backward);
+}
+
 constexpr int kFinishColumns = 32;
 constexpr int kFinishRows = 32;
 
@@ -158,9 +164,16 @@ cudaError_t LaunchForward(const ForwardArgs& args, int margin, cudaStream_t stre
   Device device;
   const cudaError_t error = CurrentDevice(&device);
   if (error != cudaSuccess) return error;
-  const Alignment alignment = AlignmentOf(Aligned(args.x) && Aligned(args.y) && Aligned(args.gamma),
-                                          shape.hidden, 16 / SizeOf(args.x_dtype));
-  const LaunchConfig config = ConfigureForward(device, shape, args.x_dtype, alignment, margin);
+  const bool tensors_aligned = Aligned(args.x) && Aligned(args.y) && Aligned(args.gamma) &&
+                               Aligned(args.addend) && Aligned(args.h) && Aligned(args.rotary.cos) &&
+                               Aligned(args.rotary.sin);
+  const Alignment alignment = AlignmentOf(tensors_aligned, shape.hidden, 16 / SizeOf(args.x_dtype));
+  const Fused fused{FusionOf(args), args.rotary.width, args.rotary.heads, args.rotary.interleaved};
+  if (fused.fusion == Fusion::kRotary &&
+      !(alignment == Alignment::kRows && CanRotate(shape, SizeOf(args.x_dtype), fused, false))) {
+    return cudaErrorNotSupported;
+  }
+  const LaunchConfig config = ConfigureForward(device, shape, args.x_dtype, alignment, margin, fused);
   return DispatchType(args.x_dtype,
                       [&](auto x) { return LaunchForwardAs<decltype(x)>(args, config, stream); });
 }
@@ -176,12 +189,18 @@ cudaError_t LaunchBackward(const BackwardArgs& args, int margin, cudaStream_t st
   cudaError_t error = CurrentDevice(&device);
   if (error != cudaSuccess) return error;
   const bool tensors_aligned = Aligned(args.x) && Aligned(args.dx) && Aligned(args.dy) &&
-                               Aligned(args.gamma) && Aligned(args.dgamma) && Aligned(args.partials);
-  const Alignment alignment =
-      AlignmentOf(tensors_aligned, shape.hidden, 16 / std::min(SizeOf(args.x_dtype), SizeOf(args.dy_dtype)));
+                               Aligned(args.gamma) && Aligned(args.dgamma) && Aligned(args.partials) &&
+                               Aligned(args.dh) && Aligned(args.rotary.cos) && Aligned(args.rotary.sin);
+  const int64_t size = std::min(SizeOf(args.x_dtype), SizeOf(args.dy_dtype));
+  const Alignment alignment = AlignmentOf(tensors_aligned, shape.hidden, 16 / size);
+  const Fused fused{FusionOf(args), args.rotary.width, args.rotary.heads, args.rotary.interleaved};
+  if (fused.fusion == Fusion::kRotary &&
+      !(alignment == Alignment::kRows && CanRotate(shape, size, fused, true))) {
+    return cudaErrorNotSupported;
+  }
   const int64_t partial_rows = args.dgamma == nullptr ? 0 : args.partial_rows;
   const LaunchConfig config =
-      ConfigureBackward(device, shape, args.x_dtype, args.dy_dtype, alignment, partial_rows, margin);
+      ConfigureBackward(device, shape, args.x_dtype, args.dy_dtype, alignment, partial_rows, margin, fused);
   error = DispatchType(args.x_dtype, [&](auto x) {
     return DispatchType(args.dy_dtype, [&](auto dy) {
       return LaunchBackwardAs<decltype(x), decltype(dy)>(args, config, stream);

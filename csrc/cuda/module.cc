@@ -1,9 +1,11 @@
 // Python module jax_rmsnorm._cuda: the handlers as capsules, and the launch configuration for tests on a
 // host.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
 #include <algorithm>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -35,6 +37,13 @@ Alignment ParseAlignment(const std::string& name) {
   throw std::invalid_argument("alignment must be rows, tensors or none, got " + name);
 }
 
+Fused ParseFused(const std::string& fusion, int64_t rotary_width, bool interleaved) {
+  if (fusion == "none") return {};
+  if (fusion == "add") return {Fusion::kAdd};
+  if (fusion == "rotary") return {Fusion::kRotary, rotary_width, 1, interleaved};
+  throw std::invalid_argument("fusion must be none, add or rotary, got " + fusion);
+}
+
 nb::dict ToDict(const LaunchConfig& config) {
   constexpr const char* kMethods[] = {"plain", "staged", "ring", "few"};
   constexpr const char* kScopes[] = {"lanes", "block", "cluster", "loop"};
@@ -49,6 +58,7 @@ nb::dict ToDict(const LaunchConfig& config) {
   dict["cluster"] = config.cluster;
   dict["grid"] = config.grid;
   dict["dependent"] = config.dependent;
+  dict["interleaved"] = config.interleaved;
   dict["tiles"] = config.tiles;
   dict["shared_memory"] = config.shared_memory;
   dict["most_shared_memory"] = config.most_shared_memory;
@@ -57,17 +67,28 @@ nb::dict ToDict(const LaunchConfig& config) {
 }
 
 nb::dict ForwardConfig(int64_t rows, int64_t hidden, const std::string& x, const std::string& alignment,
-                       int sm_count, int shared_memory, int max_cluster, int margin) {
+                       int sm_count, int shared_memory, int max_cluster, int margin,
+                       const std::string& fusion, int64_t rotary_width, bool interleaved) {
   return ToDict(ConfigureForward({sm_count, shared_memory, max_cluster, max_cluster > 1}, {1, rows, hidden},
-                                 ParseDType(x), ParseAlignment(alignment), margin));
+                                 ParseDType(x), ParseAlignment(alignment), margin,
+                                 ParseFused(fusion, rotary_width, interleaved)));
 }
 
 nb::dict BackwardConfig(int64_t rows, int64_t hidden, const std::string& x, const std::string& dy,
                         const std::string& alignment, int64_t groups, int64_t partial_rows, int sm_count,
-                        int shared_memory, int max_cluster, int margin) {
+                        int shared_memory, int max_cluster, int margin, const std::string& fusion,
+                        int64_t rotary_width, bool interleaved) {
   return ToDict(ConfigureBackward({sm_count, shared_memory, max_cluster, max_cluster > 1},
                                   {groups, rows, hidden}, ParseDType(x), ParseDType(dy),
-                                  ParseAlignment(alignment), partial_rows, margin));
+                                  ParseAlignment(alignment), partial_rows, margin,
+                                  ParseFused(fusion, rotary_width, interleaved)));
+}
+
+bool FusesRope(int64_t hidden, int64_t width, bool interleaved, const std::string& x,
+               const std::optional<std::string>& dy) {
+  int64_t size = SizeOf(ParseDType(x));
+  if (dy) size = std::min(size, SizeOf(ParseDType(*dy)));
+  return FusesRotary(hidden, size, {Fusion::kRotary, width, 1, interleaved}, dy.has_value());
 }
 
 }  // namespace
@@ -85,13 +106,27 @@ NB_MODULE(_cuda, m) {
       "backward", [] { return rms::Capsule(rms::CudaBackward); },
       "The backward handler, for register_ffi_target.");
   m.def(
+      "add_forward", [] { return rms::Capsule(rms::CudaAddForward); },
+      "The forward with an addend, likewise.");
+  m.def("add_backward", [] { return rms::Capsule(rms::CudaAddBackward); }, "Its backward, likewise.");
+  m.def(
+      "rope_forward", [] { return rms::Capsule(rms::CudaRopeForward); },
+      "The forward with a rotary embedding, likewise.");
+  m.def("rope_backward", [] { return rms::Capsule(rms::CudaRopeBackward); }, "Its backward, likewise.");
+  m.def(
       "roof", [] { return rms::Capsule(rms::CudaRoof); },
       "The benchmark's copy kernels, for register_ffi_target.");
   m.attr("roof_variants") = rms::kRoofVariants;
   m.def("forward_config", &rms::ForwardConfig, nb::kw_only(), "rows"_a, "hidden"_a, "x"_a = "bfloat16",
         "alignment"_a = "rows", "sm_count"_a = 132, "shared_memory"_a = 232448, "max_cluster"_a = 16,
-        "margin"_a = 0);
+        "margin"_a = 0, "fusion"_a = "none", "rotary_width"_a = 0, "interleaved"_a = false);
   m.def("backward_config", &rms::BackwardConfig, nb::kw_only(), "rows"_a, "hidden"_a, "x"_a = "bfloat16",
         "dy"_a = "bfloat16", "alignment"_a = "rows", "groups"_a = 1, "partial_rows"_a = 1024,
-        "sm_count"_a = 132, "shared_memory"_a = 232448, "max_cluster"_a = 16, "margin"_a = 0);
+        "sm_count"_a = 132, "shared_memory"_a = 232448, "max_cluster"_a = 16, "margin"_a = 0,
+        "fusion"_a = "none", "rotary_width"_a = 0, "interleaved"_a = false);
+  m.def("fuses_rope", &rms::FusesRope, nb::kw_only(), "hidden"_a, "width"_a, "interleaved"_a, "x"_a,
+        "dy"_a.none(),
+        "Whether a rotary embedding of `width` elements is fused with the norm of `hidden` elements of dtype "
+        "x; "
+        "with dy its dtype: whether their backward is.");
 }

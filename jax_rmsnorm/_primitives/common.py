@@ -1,77 +1,94 @@
-"""What the primitives share: shapes and types of operands, lowering by platform, batching of operands."""
+"""What the primitives share: dtypes, types of results, batching of operands."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import _ffi
-from .._compat import mlir
+from .._compat import batching, is_static_dim, result_type
 from .._options import Options
 
 KERNEL_DTYPES = frozenset(map(np.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 
-
-def attributes(options: Options, sm_margin: int) -> dict[str, Any]:
-    """The handlers' attributes. XLA checks their types strictly, hence the NumPy scalars."""
-    return {
-        "zero_centered_gamma": np.bool_(options.zero_centered_gamma),
-        "round_before_gamma": np.bool_(options.rounding == "before_gamma"),
-        "sm_margin": np.int64(sm_margin),
-    }
+_MOST_PARTIAL_ROWS = 2048
+_LEAST_PARTIAL_ROWS = 64
+_PARTIAL_ELEMENTS = 2**22
 
 
-def register_lowerings(
-    primitive: Any,
-    reference: Callable[..., Sequence[jax.Array]],
-    target: str,
-    target_attributes: Callable[..., dict[str, Any]],
-) -> None:
-    """One lowering for all platforms: the kernel's custom call where one is loaded, else ``reference`` in plain JAX.
+def forward_types(x: Any, options: Options, *, save_rrms: bool) -> tuple[Any, list[Any]]:
+    """The types of y, and of rrms in a list that is empty where it is not saved."""
+    spec = tuple(x.sharding.spec)
+    y = result_type(x, x.shape, options.out_dtype, spec)
+    rrms = [result_type(x, x.shape[:-1], jnp.dtype("float32"), spec[:-1])] if save_rrms else []
+    return y, rrms
 
-    Args:
-        primitive: takes a parameter ``options``.
-        reference: same operands, parameters and results as the primitive.
-        target: name of the XLA FFI target.
-        target_attributes: from the primitive's parameters to the custom call's attributes.
+
+def backward_types(x: Any, *gamma: Any) -> list[Any]:
+    """The types of dx, and with a gamma of dgamma and of its scratch."""
+    dx = result_type(x, x.shape, x.dtype, tuple(x.sharding.spec))
+    if not gamma:
+        return [dx]
+    (g,) = gamma
+    # Groups are x's own first axes, and sharded as they are there; gamma may have been broadcast to them.
+    spec = (*x.sharding.spec[: g.ndim - 1], g.sharding.spec[-1])
+    dgamma = result_type(x, g.shape, g.dtype, spec)
+    shape = _scratch_shape(x.shape, g.shape)
+    scratch = result_type(x, shape, jnp.dtype("float32"), (*spec[:-1], None, spec[-1]))
+    return [dx, dgamma, scratch]
+
+
+def with_scratch(
+    gradients: tuple[jax.Array, jax.Array | None], x: jax.Array, *gamma: jax.Array
+) -> list[jax.Array]:
+    """dx and dgamma as plain JAX computes them, in the form of a primitive's results: `backward_types`."""
+    dx, dgamma = gradients
+    if dgamma is None:
+        return [dx]
+    return [dx, dgamma, jnp.zeros(_scratch_shape(x.shape, gamma[0].shape), jnp.float32)]
+
+
+def without_scratch(results: list[jax.Array]) -> tuple[jax.Array, jax.Array | None]:
+    """The reverse: dx, and dgamma or None."""
+    return results[0], results[1] if len(results) > 1 else None
+
+
+def _scratch_shape(x_shape: tuple[Any, ...], gamma_shape: tuple[Any, ...]) -> tuple[Any, ...]:
+    """[*groups, partial rows, H] of float32 for dgamma, from the shape alone, so that tracing needs no device.
+
+    Partial rows bound the number of blocks that share a group's rows. They come to 16 MiB for any H from 2,048 to
+    65,536, and less below, or to one row a group where there are many groups.
     """
-
-    def plain(ctx: Any, *operands: Any, options: Options, **params: Any) -> Any:
-        if options.require_kernel:
-            raise NotImplementedError(_no_kernel(ctx.module_context.platforms))
-        lower = mlir.lower_fun(reference, multiple_results=True)
-        return lower(ctx, *operands, options=options, **params)
-
-    def kernel(ctx: Any, *operands: Any, **params: Any) -> Any:
-        if "cuda" in ctx.module_context.platforms and _ffi.why_not_on_local_gpus() is not None:
-            return plain(ctx, *operands, **params)
-        return jax.ffi.ffi_lowering(target)(ctx, *operands, **target_attributes(**params))
-
-    mlir.register_lowering(primitive, plain)
-    for native in (_ffi.CPU, _ffi.CUDA):
-        if native.module is not None:
-            mlir.register_lowering(primitive, kernel, platform=native.platform.lower())
-
-
-def _no_kernel(platforms: Sequence[str]) -> str:
-    reasons = [
-        f"the {native.platform} kernels did not load: {native.reason}"
-        for native in (_ffi.CPU, _ffi.CUDA)
-        if native.module is None and native.platform.lower() in platforms
-    ]
-    if (reason := _ffi.why_not_on_local_gpus()) is not None:
-        reasons.append(reason)
-    why = "; ".join(reasons) or "there are kernels for cpu and cuda only"
-    return (
-        f"implementation='kernel' on platform {', '.join(platforms)}: {why}. "
-        "Use implementation=None to fall back to plain JAX there, or see jax_rmsnorm.info()."
-    )
+    groups, hidden = gamma_shape[:-1], gamma_shape[-1]
+    rows = x_shape[len(groups) : -1]
+    bound = _LEAST_PARTIAL_ROWS
+    if is_static_dim(hidden):
+        bound = min(max(_PARTIAL_ELEMENTS // hidden, _LEAST_PARTIAL_ROWS), _MOST_PARTIAL_ROWS)
+    if all(map(is_static_dim, groups)):
+        bound = -(-bound // max(1, math.prod(groups)))
+    if all(map(is_static_dim, rows)):
+        bound = max(1, min(bound, math.prod(rows)))
+    return (*groups, bound, hidden)
 
 
 def batch_size(operands: Sequence[Any], axes: Sequence[int | None]) -> int:
     """The length of the batch axis that `jax.vmap` gave to at least one operand."""
     return next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
+
+
+def batch_in_front(operands: Sequence[Any], axes: Sequence[int | None], size: int) -> list[Any]:
+    """The operands with the batch axis as their first one; those without it are repeated."""
+    return [batching.bdim_at_front(x, axis, size) for x, axis in zip(operands, axes, strict=True)]
+
+
+def batch_gamma(gamma: Sequence[Any], axes: Sequence[int | None], size: int) -> list[Any]:
+    """As `batch_in_front`, for a gamma (or none) that only a forward takes.
+
+    Without groups of its own, an unbatched gamma serves the whole batch: rows are rows.
+    """
+    shared = all(axis is None and g.ndim == 1 for g, axis in zip(gamma, axes, strict=True))
+    return list(gamma) if shared else batch_in_front(gamma, axes, size)

@@ -9,14 +9,13 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import Primitive
 
 from .. import _ffi, _reference
-from .._compat import apply_primitive, batching, result_type
+from .._compat import apply_primitive, batching
 from .._options import Options
-from .common import attributes, batch_size, register_lowerings
+from .common import batch_gamma, batch_in_front, batch_size, forward_types
+from .lowering import forward_attributes, register_lowerings
 
 forward_p = Primitive("rms_norm_forward")
 forward_p.multiple_results = True
@@ -34,11 +33,8 @@ def forward(
 
 
 def _abstract_eval(x: Any, *gamma: Any, options: Options, save_rrms: bool) -> list[Any]:
-    spec = tuple(x.sharding.spec)
-    y = result_type(x, x.shape, options.out_dtype, spec)
-    if not save_rrms:
-        return [y]
-    return [y, result_type(x, x.shape[:-1], jnp.dtype("float32"), spec[:-1])]
+    y, rrms = forward_types(x, options, save_rrms=save_rrms)
+    return [y, *rrms]
 
 
 def _reference_rule(
@@ -48,21 +44,15 @@ def _reference_rule(
     return [y, rrms] if save_rrms else [y]
 
 
-def _target_attributes(*, options: Options, save_rrms: bool) -> dict[str, Any]:
-    margin = options.sm_margin.forward if save_rrms else options.sm_margin.inference
-    return {"eps": np.float32(options.eps), **attributes(options, margin)}
+def _target_attributes(*_: Any, options: Options, save_rrms: bool) -> dict[str, Any]:
+    return forward_attributes(options, save_rrms=save_rrms)
 
 
 def _batch(operands: Any, axes: Any, *, options: Options, save_rrms: bool) -> Any:
     size = batch_size(operands, axes)
-    x = batching.bdim_at_front(operands[0], axes[0], size)
-    gamma = None
-    if len(operands) == 2:
-        gamma, gamma_axis = operands[1], axes[1]
-        # Without groups of its own, an unbatched gamma serves the whole batch: rows are rows.
-        if gamma_axis is not None or gamma.ndim > 1:
-            gamma = batching.bdim_at_front(gamma, gamma_axis, size)
-    results = forward(x, gamma, options, save_rrms=save_rrms)
+    x = batch_in_front(operands[:1], axes[:1], size)
+    gamma = batch_gamma(operands[1:], axes[1:], size)
+    results = forward_p.bind(*x, *gamma, options=options, save_rrms=save_rrms)
     return results, [0] * len(results)
 
 

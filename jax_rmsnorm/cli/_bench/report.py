@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -19,12 +21,23 @@ def make_console() -> Console:
     return Console(highlight=False, markup=False, soft_wrap=True)
 
 
-def print_table(console: Console, rows: Sequence[Row]) -> None:
+def print_environment(console: Console, environment: Mapping[str, str]) -> None:
+    """A line for each of what the times depend on."""
+    for name, value in environment.items():
+        console.print(f"{name}: {value}")
+    console.print()
+
+
+def print_table(console: Console, shown: Table) -> None:
     """Prints the table as wide as it is: a cell that is cut off says nothing."""
-    shown = table(rows)
     endless = console.options.update(width=10**4)
     width = Measurement.get(console, endless, shown).maximum
     Console(file=console.file, highlight=False, markup=False, width=width).print(shown)
+
+
+def write_json(path: Path, found: Mapping[str, Any]) -> None:
+    """Writes all that was found; called after every case, so that a run that is cut short leaves what it has."""
+    path.write_text(json.dumps(found, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def progress(row: Row, seconds: float) -> str:

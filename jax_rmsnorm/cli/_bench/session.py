@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import jax
-
-import jax_rmsnorm
-
-from ... import _ffi
 from .._errors import CommandError, OptionError
-from . import inputs, report, results, shapes
+from . import environment, inputs, report, results, shapes
 from .check import Check
 from .contenders import Contender
 from .names import KERNEL, RIVALS, ROOF
@@ -29,11 +20,6 @@ from .timing import PLANS, Plan, Prepared, race
 
 _CACHE_BYTES = {"cpu": 0, "gpu": 60 * 2**20}  # the second level on an H200
 _PROFILED = {KERNEL, ROOF, "jnp"}  # enough to tell launch gaps from kernels
-_DISTRIBUTIONS = (
-    *("jax-rmsnorm", "jax", "jaxlib", "numpy", "flax", "tokamax", "torch", "triton"),
-    *("liger-kernel", "quack-kernels", "flashinfer-python"),
-    *("nvidia-cudnn-frontend", "nvidia-cudnn-cu13"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +42,7 @@ def run(request: Request) -> None:
         OptionError: an option names something that is not there.
         CommandError: there is no kernel here, or its results are wrong.
     """
-    device = jax.default_backend()
-    if device not in PLANS:
-        raise CommandError(f"there are kernels for cpu and gpu only, and JAX runs on {device}")
+    device = environment.find_device(PLANS)
     defaults = shapes.DEFAULTS[device]
     cases = list(
         shapes.cases(
@@ -68,15 +52,11 @@ def run(request: Request) -> None:
         )
     )
     contenders, absent = _choose(request.against, device)
-    native = _ffi.CUDA if device == "gpu" else _ffi.CPU
-    if native.module is None:
-        raise CommandError(f"there is no kernel to measure on {device}: {native.reason}")
+    environment.require_kernels(device)
     started = time.perf_counter()
-    environment = _environment()
+    surroundings = environment.describe()
     console = report.make_console()
-    for name, value in environment.items():
-        console.print(f"{name}: {value}")
-    console.print()
+    report.print_environment(console, surroundings)
 
     runner = _Runner(contenders, PLANS[device], profile=request.profile and device == "gpu")
     rows: list[Row] = []
@@ -84,17 +64,18 @@ def run(request: Request) -> None:
         began = time.perf_counter()
         rows.append(runner.measure(case))
         console.print(report.progress(rows[-1], time.perf_counter() - began))
-        _write_json(request.json, rows, environment, absent)
+        if request.json is not None:
+            report.write_json(request.json, results.to_json(rows, surroundings, absent))
 
     console.print()
-    report.print_table(console, rows)
+    report.print_table(console, report.table(rows))
     console.print(f"{len(rows)} cases in {time.perf_counter() - started:.0f} s.")
     for note in report.notes(rows, absent, _CACHE_BYTES[device]):
         console.print(note)
     if request.plot is not None:
         from . import chart
 
-        title = f"RMSNorm on {environment['device']}, jax {environment['jax']}"
+        title = f"RMSNorm on {surroundings['device']}, jax {surroundings['jax']}"
         chart.draw(rows, request.plot, title)
     bad = [f"{row.case}" for row in rows if row.cells[KERNEL].status != "timed"]
     if bad:
@@ -182,33 +163,3 @@ def _failure(error: Exception) -> Cell:
 def _describe(error: Exception) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
-
-
-def _environment() -> dict[str, str]:
-    """What times depend on besides the code: device and versions."""
-    device = jax.devices()[0]
-    kernels: Any = jax_rmsnorm.info()["cuda kernels" if device.platform == "gpu" else "cpu kernels"]
-    installed = {name: _version(name) for name in _DISTRIBUTIONS}
-    return {
-        "device": f"{device.device_kind} ({platform.machine()}, {os.cpu_count()} CPU cores)",
-        "platform": " ".join(device.client.platform_version.split()),
-        "kernels": ", ".join(f"{key} {value}" for key, value in kernels.items() if key != "loaded"),
-        "python": platform.python_version(),
-        **{name: found for name, found in installed.items() if found is not None},
-    }
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
-
-
-def _write_json(
-    path: Path | None, rows: Sequence[Row], environment: Mapping[str, Any], absent: dict[str, str]
-) -> None:
-    """After every case, so that a run that is cut short leaves what it has."""
-    if path is not None:
-        found = results.to_json(rows, environment, absent)
-        path.write_text(json.dumps(found, indent=2, allow_nan=False, ensure_ascii=False) + "\n")

@@ -232,7 +232,7 @@ def _chain(function: Callable[..., Any], trips: int) -> Callable[[Any, Any], Any
 
 
 class Timing(NamedTuple):
-    """Seconds a call: median and quartiles of ``samples`` measurements."""
+    """Median and quartiles of ``samples`` measurements, usually of the seconds a call takes."""
 
     median: float
     lower: float
@@ -250,9 +250,10 @@ def race(runners: Sequence[Callable[[], float]], plan: Plan) -> list[Timing]:
             break
         for runner, values in zip(runners, samples, strict=True):
             values.append(runner())
-    return [_summarize(values) for values in samples]
+    return [summarize(values) for values in samples]
 
 
-def _summarize(values: Sequence[float]) -> Timing:
+def summarize(values: Sequence[float]) -> Timing:
+    """Median and quartiles of two measurements or more."""
     lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
     return Timing(median, lower, upper, len(values))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jax_rmsnorm import rms_norm_rope
 from jax_rmsnorm.nnx import RMSNorm
 
 from .config import VOCABULARY, Config
@@ -18,17 +19,19 @@ _EPSILON = 1e-6
 
 
 def rotary_angles(length: int, head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of position · base^(-2i/head_dim), float32 [length, 1, head_dim / 2] each."""
+    """Cosine and sine of position · base^(-2i/head_dim), float32 [length, head_dim / 2] each."""
     frequency = _ROTARY_BASE ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = jnp.arange(length, dtype=jnp.float32)[:, None, None] * frequency
+    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def apply_rotary(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns the pairs (x_i, x_{i + head_dim/2}) of x [batch, length, heads, head_dim]."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+def normalize_and_rotate(norm: RMSNorm, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """The norm of queries or keys x [batch, length, heads, head_dim] and their rotary embedding, in one pass."""
+    assert norm.scale is not None
+    gamma = norm.scale[...]
+    return rms_norm_rope(
+        x, gamma, cos, sin, eps=_EPSILON, dtype=norm.dtype, implementation=norm.implementation
+    )
 
 
 class Attention(nnx.Module):
@@ -49,8 +52,8 @@ class Attention(nnx.Module):
         batch, length, d_model = x.shape
         qkv = self.qkv(x).reshape(batch, length, self.heads + 2 * self.kv_heads, -1)
         query, key, value = jnp.split(qkv, [self.heads, self.heads + self.kv_heads], axis=2)
-        query = apply_rotary(self.query_norm(query), cos, sin)
-        key = apply_rotary(self.key_norm(key), cos, sin)
+        query = normalize_and_rotate(self.query_norm, query, cos, sin)
+        key = normalize_and_rotate(self.key_norm, key, cos, sin)
         mixed = jax.nn.dot_product_attention(
             query, key, value, is_causal=True, implementation=self.implementation
         )
@@ -70,7 +73,11 @@ class SwiGLU(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and SwiGLU, each added to the residual stream."""
+    """Pre-norm attention and SwiGLU.
+
+    Each is added to the residual stream by the norm that follows it, in one pass: what goes from block to block is the
+    stream and what is yet to be added to it.
+    """
 
     def __init__(
         self, config: Config, implementation: AttentionImplementation, *, rngs: nnx.Rngs
@@ -80,9 +87,15 @@ class Block(nnx.Module):
         self.mlp_norm = _norm(config, config.d_model, rngs=rngs)
         self.mlp = SwiGLU(config, rngs=rngs)
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-        x = x + self.attention(self.attention_norm(x), cos, sin)
-        return x + self.mlp(self.mlp_norm(x))
+    def __call__(
+        self, stream: jax.Array | None, addend: jax.Array, cos: jax.Array, sin: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        if stream is None:
+            x, stream = self.attention_norm(addend), addend
+        else:
+            x, stream = self.attention_norm(addend, residual=stream)
+        x, stream = self.mlp_norm(self.attention(x, cos, sin), residual=stream)
+        return stream, self.mlp(x)
 
 
 class Decoder(nnx.Module):
@@ -103,11 +116,14 @@ class Decoder(nnx.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         # A product with one-hot rows: its gradient is a product too, where a lookup's is a scatter
         # with many duplicates, slow and on a GPU without a fixed order.
-        x = self.embedding(jax.nn.one_hot(tokens, VOCABULARY, dtype=self.dtype))
+        addend = self.embedding(jax.nn.one_hot(tokens, VOCABULARY, dtype=self.dtype))
+        stream = None
         cos, sin = rotary_angles(tokens.shape[1], self.head_dim)
         for block in self.blocks:
-            x = block(x, cos, sin)
-        return self.head(self.norm(x)).astype(jnp.float32)
+            stream, addend = block(stream, addend, cos, sin)
+        assert stream is not None, "a decoder has one block or more"
+        x, _ = self.norm(addend, residual=stream)
+        return self.head(x).astype(jnp.float32)
 
 
 def _norm(config: Config, size: int, *, rngs: nnx.Rngs) -> RMSNorm:

@@ -1,0 +1,166 @@
+// The backward kernel of a query or key norm with its rotary embedding: short rows, one for part of a warp.
+#pragma once
+
+#include "backward_common.cuh"
+#include "ring.cuh"
+
+namespace jax_rmsnorm {
+
+// Grid: as for BackwardKernel, but a slot takes kRows rows of one position at a time, which share cosines and
+// sines. dy is rotated back as it comes out of the ring; a row is done with in one turn, since the sum of its
+// lanes makes nobody wait.
+//
+// Preconditions: all rows, and those of cos and sin, are aligned to their packets; fewer than 2^31 rows, and
+// heads a multiple of kRows; the row fits, hidden <= 2 * kSize * threads_per_row. In halves: width = 2 *
+// kSize * threads_per_row; else width is a multiple of kSize.
+template <typename T, typename D, int kSize, int kRows, bool kInterleaved>
+__global__ __launch_bounds__(kLanesThreads,
+                             1) void BackwardRotaryKernel(const __grid_constant__ BackwardParams params) {
+  constexpr int kPackets = 2;
+  constexpr int kTurn = kRows * kPackets;  // packets of a thread
+  constexpr int kAhead = kRotaryAhead[kRows];
+  constexpr int kPlaces = (kAhead + 2) * kTurn;
+  constexpr int kAngles = kInterleaved ? kSize / 2 : kSize;  // of a packet
+  constexpr int kAngled = kInterleaved ? kPackets : 1;       // packets with angles of their own
+  extern __shared__ uint4 shared[];
+  const BackwardArgs& args = params.args;
+  const Rotary& rotary = args.rotary;
+  const int hidden = static_cast<int>(args.shape.hidden);
+  const int width = static_cast<int>(rotary.width);
+  const int64_t rows = args.shape.rows;
+  const int threads = params.threads_per_row;
+  const int slots = static_cast<int>(blockDim.x) / threads;
+  const int slot = static_cast<int>(threadIdx.x) / threads;
+  const int thread = static_cast<int>(threadIdx.x) - slot * threads;
+  LaunchDependents();
+  WaitForPrimary();
+  const int64_t elements = args.shape.groups * rows * hidden;
+  const uint32_t ring_memory = SharedAddress(shared);
+  const PacketRing<T, kSize, true> x_ring(ring_memory, args.x, elements, threads);
+  const PacketRing<D, kSize, true> dy_ring(ring_memory + kPlaces * x_ring.Bytes(), args.dy, elements,
+                                           threads);
+  const int column[kPackets] = {thread * kSize, (threads + thread) * kSize};
+
+  const int64_t items = args.shape.groups * params.blocks_per_group;
+  const int64_t step = params.blocks_per_group * slots * kRows;
+  const int64_t row_step = step * hidden;
+  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+    const int64_t group = item / params.blocks_per_group;
+    const int64_t block = item % params.blocks_per_group;
+
+    // All slots of a block make the same number of turns; a slot without rows only takes part in the sums.
+    const int64_t first = block * slots * kRows, mine = first + slot * kRows;
+    const int turns = static_cast<int>(first < rows ? (rows - first + step - 1) / step : 0);
+    const int my_turns = static_cast<int>(mine < rows ? (rows - mine + step - 1) / step : 0);
+    int64_t row = group * rows + mine;
+    int64_t start = row * hidden;
+    // Copies the rows from element `begin` on to the ring's places from `at` on.
+    const auto copy = [&](int at, int64_t begin, bool inside) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+        for (int k = 0; k < kPackets; ++k) {
+          if (!inside || column[k] >= hidden) continue;
+          x_ring.Copy(at + r * kPackets + k, begin + r * hidden + column[k], true);
+          dy_ring.Copy(at + r * kPackets + k, begin + r * hidden + column[k], true);
+        }
+      }
+      CommitCopies();
+    };
+#pragma unroll
+    for (int t = 0; t < kAhead; ++t) copy(t * kTurn, start + t * row_step, t < my_turns);
+
+    float gamma[kPackets][kSize], dgamma[kPackets][kSize];
+#pragma unroll
+    for (int k = 0; k < kPackets; ++k) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) gamma[k][i] = dgamma[k][i] = 0.0f;
+      if (column[k] < hidden) LoadGamma<true>(args, group * hidden, column[k], gamma[k]);
+    }
+
+    // Angles and reciprocal RMS come while the rows before are worked on.
+    float next_cos[kAngled][kAngles] = {}, next_sin[kAngled][kAngles] = {}, next_rrms[kRows] = {};
+    const auto prefetch = [&](int64_t next) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) next_rrms[r] = args.rrms[next + r];
+      const int64_t angles = params.places.Start(next);
+#pragma unroll
+      for (int k = 0; k < kAngled; ++k) {
+        if (column[k] >= width) continue;
+        const int64_t at = angles + (kInterleaved ? column[k] / 2 : column[k]);
+        LoadAngles(rotary.cos, rotary.dtype, at, next_cos[k]);
+        LoadAngles(rotary.sin, rotary.dtype, at, next_sin[k]);
+      }
+    };
+    if (my_turns > 0) prefetch(row);
+
+    int from = 0, to = kAhead * kTurn;
+#pragma unroll 1
+    for (int t = 0; t < turns; ++t) {
+      const bool live = t < my_turns;
+      float cos[kAngled][kAngles], sin[kAngled][kAngles], rrms[kRows];
+#pragma unroll
+      for (int k = 0; k < kAngled; ++k) {
+#pragma unroll
+        for (int i = 0; i < kAngles; ++i) {
+          cos[k][i] = next_cos[k][i];
+          sin[k][i] = next_sin[k][i];
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) rrms[r] = next_rrms[r];
+      if (t + 1 < my_turns) prefetch(row + step);
+      WaitCopies<kAhead - 1>();
+      copy(to, start + kAhead * row_step, t + kAhead < my_turns);
+
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        float x[kPackets][kSize] = {}, dy[kPackets][kSize] = {};
+#pragma unroll
+        for (int k = 0; k < kPackets; ++k) {
+          if (!live || column[k] >= hidden) continue;
+          x_ring.Read(from + r * kPackets + k).Get(x[k]);
+          dy_ring.Read(from + r * kPackets + k).Get(dy[k]);
+          if constexpr (kInterleaved) {
+            if (column[k] < width) RotateNeighbours<true>(cos[k], sin[k], dy[k]);
+          }
+        }
+        if constexpr (!kInterleaved) {
+          RotateHalves(cos[0], sin[0], dy[1], dy[0]);  // back: the other way round
+        }
+        float sum = 0.0f;
+#pragma unroll
+        for (int k = 0; k < kPackets; ++k) {
+          sum += Accumulate<T>(x[k], dy[k], gamma[k], rrms[r], args.arithmetic.round_before_gamma, dgamma[k]);
+        }
+        const float slope = Slope(rrms[r], SumLanes(sum, threads) * params.inverse_hidden);
+#pragma unroll
+        for (int k = 0; k < kPackets; ++k) {
+          if (!live || column[k] >= hidden) continue;
+          float dx[kSize];
+          Differentiate(x[k], dy[k], gamma[k], rrms[r], slope, dx);
+          Packet<T, kSize> packet;
+          packet.Set(dx);
+          packet.Store(static_cast<T*>(args.dx) + start + r * hidden + column[k]);
+        }
+      }
+      row += step;
+      start += row_step;
+      from = from + kTurn == kPlaces ? 0 : from + kTurn;
+      to = to + kTurn == kPlaces ? 0 : to + kTurn;
+    }
+    WaitCopies<0>();
+    if (args.dgamma == nullptr) continue;
+    StoreBlockDgamma<true>(params, group, block, slots, slot, column, dgamma,
+                           reinterpret_cast<float*>(shared));
+  }
+}
+
+template <typename T, typename D, int kSize>
+auto FindBackwardRotary(const LaunchConfig& config) -> void (*)(BackwardParams) {
+  if (config.interleaved) return BackwardRotaryKernel<T, D, kSize, 1, true>;
+  return config.rows == 2 ? BackwardRotaryKernel<T, D, kSize, 2, false>
+                          : BackwardRotaryKernel<T, D, kSize, 1, false>;
+}
+
+}  // namespace jax_rmsnorm

@@ -1,0 +1,134 @@
+"""How the operations differentiate where they are kernels.
+
+Each operation has a derivative of its own, made of its forward and its backward kernel. These are differentiable in
+turn, by way of the specification: they are what `grad` of `grad` sees.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
+
+from . import _primitives, _reference
+from ._options import Options
+
+
+def _differentiable(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Any:
+    """``kernel`` with the derivative of ``reference``; both take the options last, and the result takes them first."""
+
+    def run(options: Options, *arrays: jax.Array | None) -> Any:
+        return tuple(kernel(*arrays, options))
+
+    def fwd(options, *arrays):
+        return differentiable(options, *arrays), arrays
+
+    def bwd(options, arrays, cotangents):
+        _, vjp = jax.vjp(lambda *arrays: reference(*arrays, options), *arrays)
+        return vjp(cotangents)
+
+    differentiable = jax.custom_vjp(run, nondiff_argnums=(0,))
+    differentiable.defvjp(fwd, bwd)
+    return differentiable
+
+
+_forward = _differentiable(
+    functools.partial(_primitives.forward, save_rrms=True), _reference.forward
+)
+_backward = _differentiable(_primitives.backward, _reference.backward)
+_add_forward = _differentiable(
+    functools.partial(_primitives.add_forward, save_rrms=True), _reference.add_forward
+)
+_add_backward = _differentiable(_primitives.add_backward, _reference.add_backward)
+_rope_forward = _differentiable(
+    functools.partial(_primitives.rope_forward, save_rrms=True), _reference.rope_forward
+)
+_rope_backward = _differentiable(_primitives.rope_backward, _reference.rope_backward)
+
+
+def _rms_norm(options: Options, x: jax.Array, gamma: jax.Array | None) -> jax.Array:
+    (y,) = _primitives.forward(x, gamma, options, save_rrms=False)
+    return y
+
+
+def _rms_norm_fwd(options, x, gamma):
+    y, rrms = _forward(options, x, gamma)
+    return y, (x, gamma, rrms)
+
+
+def _rms_norm_bwd(options, residuals, dy):
+    x, gamma, rrms = residuals
+    return _backward(options, x, gamma, rrms, dy)
+
+
+def _add_rms_norm(
+    options: Options,
+    addend_dtype: np.dtype,
+    x: jax.Array,
+    addend: jax.Array,
+    gamma: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns y and h = x + addend, which has x's dtype."""
+    y, h = _primitives.add_forward(x, addend, gamma, options, save_rrms=False)
+    return y, h
+
+
+def _add_rms_norm_fwd(options, addend_dtype, *primals):
+    x, addend, gamma = custom_vjp_primal_tree_values(primals)
+    y, h, rrms = _add_forward(options, x, addend, gamma)
+    return (y, h), (h, gamma, rrms)
+
+
+def _add_rms_norm_bwd(options, addend_dtype, residuals, cotangents):
+    # A gradient that nobody asked of a result is known to be zero, and not read from memory.
+    h, gamma, rrms = residuals
+    dy, dh = cotangents
+    if isinstance(dy, SymbolicZero):
+        dx, dgamma = dh, None
+    elif isinstance(dh, SymbolicZero):
+        dx, dgamma = _backward(options, h, gamma, rrms, dy)
+    else:
+        dx, dgamma = _add_backward(options, h, gamma, rrms, dy, dh)
+    return dx, dx.astype(addend_dtype), dgamma
+
+
+def _rms_norm_rope(
+    options: Options, x: jax.Array, gamma: jax.Array | None, cos: jax.Array, sin: jax.Array
+) -> jax.Array:
+    (y,) = _primitives.rope_forward(x, gamma, cos, sin, options, save_rrms=False)
+    return y
+
+
+def _rms_norm_rope_fwd(options, x, gamma, cos, sin):
+    y, rrms = _rope_forward(options, x, gamma, cos, sin)
+    return y, (x, gamma, rrms, cos, sin)
+
+
+def _rms_norm_rope_bwd(options, residuals, dy):
+    x, gamma, rrms, cos, sin = residuals
+    dx, dgamma = _rope_backward(options, x, gamma, rrms, dy, cos, sin)
+    return dx, dgamma, *_table_gradients(options, x, gamma, cos, sin, dy)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _table_gradients(options, x, gamma, cos, sin, dy):
+    """dcos and dsin. Compilers drop this where nobody asks for them, so that it has no kernel."""
+
+    def rope(cos, sin):
+        y, _ = _reference.rope_forward(x, gamma, cos, sin, options)
+        return y
+
+    _, vjp = jax.vjp(rope, cos, sin)
+    return vjp(dy)
+
+
+rms_norm = jax.custom_vjp(_rms_norm, nondiff_argnums=(0,))
+rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
+add_rms_norm = jax.custom_vjp(_add_rms_norm, nondiff_argnums=(0, 1))
+add_rms_norm.defvjp(_add_rms_norm_fwd, _add_rms_norm_bwd, symbolic_zeros=True)
+rms_norm_rope = jax.custom_vjp(_rms_norm_rope, nondiff_argnums=(0,))
+rms_norm_rope.defvjp(_rms_norm_rope_fwd, _rms_norm_rope_bwd)

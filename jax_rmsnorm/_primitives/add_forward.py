@@ -1,0 +1,83 @@
+"""Primitive rms_norm_add_forward: x, addend and gamma -> y, h, and rrms if it is asked for.
+
+Shapes as for rms_norm_forward; addend and h have x's, and h = x + addend its dtype. The mathematics is
+`_reference.add_forward`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+from jax.extend.core import Primitive
+
+from .. import _ffi, _reference
+from .._compat import apply_primitive, batching, result_type
+from .._options import Options
+from .common import batch_gamma, batch_in_front, batch_size, forward_types
+from .forward import forward
+from .lowering import forward_attributes, register_lowerings, rows_are_aligned
+
+add_forward_p = Primitive("rms_norm_add_forward")
+add_forward_p.multiple_results = True
+
+
+def add_forward(
+    x: jax.Array, addend: jax.Array, gamma: jax.Array | None, options: Options, *, save_rrms: bool
+) -> list[jax.Array]:
+    """Returns [y, h] or [y, h, rrms], and otherwise as `forward` of h."""
+    operands = (x, addend) if gamma is None else (x, addend, gamma)
+    return add_forward_p.bind(*operands, options=options, save_rrms=save_rrms)
+
+
+def _abstract_eval(
+    x: Any, addend: Any, *gamma: Any, options: Options, save_rrms: bool
+) -> list[Any]:
+    y, rrms = forward_types(x, options, save_rrms=save_rrms)
+    h = result_type(x, x.shape, x.dtype, tuple(x.sharding.spec))
+    return [y, h, *rrms]
+
+
+def _reference_rule(
+    x: jax.Array, addend: jax.Array, *gamma: jax.Array, options: Options, save_rrms: bool
+) -> list[jax.Array]:
+    y, h, rrms = _reference.add_forward(x, addend, gamma[0] if gamma else None, options)
+    return [y, h, rrms] if save_rrms else [y, h]
+
+
+def _target_attributes(*_: Any, options: Options, save_rrms: bool) -> dict[str, Any]:
+    return forward_attributes(options, save_rrms=save_rrms)
+
+
+def _fuses(x: Any, addend: Any, *_: Any, options: Options, save_rrms: bool) -> bool:
+    return rows_are_aligned(x.shape[-1], x.dtype, addend.dtype, options.out_dtype)
+
+
+def _unfused(
+    x: jax.Array, addend: jax.Array, *gamma: jax.Array, options: Options, save_rrms: bool
+) -> list[jax.Array]:
+    h = _reference.add(x, addend).astype(x.dtype)
+    y, *rrms = forward(h, gamma[0] if gamma else None, options, save_rrms=save_rrms)
+    return [y, h, *rrms]
+
+
+def _batch(operands: Any, axes: Any, *, options: Options, save_rrms: bool) -> Any:
+    size = batch_size(operands, axes)
+    summands = batch_in_front(operands[:2], axes[:2], size)
+    gamma = batch_gamma(operands[2:], axes[2:], size)
+    results = add_forward_p.bind(*summands, *gamma, options=options, save_rrms=save_rrms)
+    return results, [0] * len(results)
+
+
+add_forward_p.def_abstract_eval(_abstract_eval)
+add_forward_p.def_impl(functools.partial(apply_primitive, add_forward_p))
+batching.primitive_batchers[add_forward_p] = _batch
+register_lowerings(
+    add_forward_p,
+    _reference_rule,
+    _ffi.ADD_FORWARD,
+    _target_attributes,
+    fuses=_fuses,
+    unfused=_unfused,
+)

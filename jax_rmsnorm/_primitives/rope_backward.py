@@ -1,0 +1,108 @@
+"""Primitive rms_norm_rope_backward: x, rrms, dy, cos, sin and gamma -> dx, and dgamma if there is a gamma.
+
+Shapes as for rms_norm_rope_forward; dgamma has gamma's. The mathematics is `_reference.rope_backward`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+
+from .. import _ffi, _reference
+from .._compat import apply_primitive, batching
+from .._options import Options
+from .backward import backward
+from .common import backward_types, batch_in_front, batch_size, with_scratch, without_scratch
+from .lowering import backward_attributes, register_lowerings
+from .rope_common import batch_tables, fuses_rope, rope_attributes
+
+rope_backward_p = Primitive("rms_norm_rope_backward")
+rope_backward_p.multiple_results = True
+
+
+def rope_backward(
+    x: jax.Array,
+    gamma: jax.Array | None,
+    rrms: jax.Array,
+    dy: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    options: Options,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns dx in x's dtype, and dgamma in gamma's dtype (None without gamma)."""
+    operands = (x, rrms, dy, cos, sin) if gamma is None else (x, rrms, dy, cos, sin, gamma)
+    return without_scratch(rope_backward_p.bind(*operands, options=options))
+
+
+def _abstract_eval(
+    x: Any,
+    rrms: Any,
+    dy: Any,
+    cos: Any,
+    sin: Any,
+    *gamma: Any,
+    options: Options,
+) -> list[Any]:
+    return backward_types(x, *gamma)
+
+
+def _reference_rule(
+    x: jax.Array,
+    rrms: jax.Array,
+    dy: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    *gamma: jax.Array,
+    options: Options,
+) -> list[jax.Array]:
+    g = gamma[0] if gamma else None
+    gradients = _reference.rope_backward(x, g, rrms, dy, cos, sin, options)
+    return with_scratch(gradients, x, *gamma)
+
+
+def _target_attributes(x: Any, *_: Any, options: Options) -> dict[str, Any]:
+    return {**backward_attributes(options), **rope_attributes(x, options)}
+
+
+def _fuses(x: Any, rrms: Any, dy: Any, cos: Any, *_: Any, options: Options) -> bool:
+    return fuses_rope(x, cos, dy, options)
+
+
+def _unfused(
+    x: jax.Array,
+    rrms: jax.Array,
+    dy: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    *gamma: jax.Array,
+    options: Options,
+) -> list[jax.Array]:
+    dy = _reference.rotate(dy.astype(jnp.float32), cos, -sin, options)
+    return with_scratch(backward(x, gamma[0] if gamma else None, rrms, dy, options), x, *gamma)
+
+
+def _batch(operands: Any, axes: Any, *, options: Options) -> Any:
+    # Each example has a dgamma of its own, hence a gamma of its own: the batch becomes an axis of groups.
+    size = batch_size(operands, axes)
+    x, rrms, dy = batch_in_front(operands[:3], axes[:3], size)
+    tables = batch_tables(operands[3:5], axes[3:5], x)
+    gamma = batch_in_front(operands[5:], axes[5:], size)
+    results = rope_backward_p.bind(x, rrms, dy, *tables, *gamma, options=options)
+    return results, [0] * len(results)
+
+
+rope_backward_p.def_abstract_eval(_abstract_eval)
+rope_backward_p.def_impl(functools.partial(apply_primitive, rope_backward_p))
+batching.primitive_batchers[rope_backward_p] = _batch
+register_lowerings(
+    rope_backward_p,
+    _reference_rule,
+    _ffi.ROPE_BACKWARD,
+    _target_attributes,
+    fuses=_fuses,
+    unfused=_unfused,
+)

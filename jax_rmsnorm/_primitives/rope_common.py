@@ -1,0 +1,53 @@
+"""What the two rotary primitives share: the tables of cosines and sines, and what the kernels ask of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import _ffi
+from .._compat import batching, is_static_dim
+from .._options import Options
+
+
+def rope_attributes(x: Any, options: Options) -> dict[str, Any]:
+    heads = max(1, x.shape[-2])  # of no heads there are no rows
+    return {"heads": np.int64(heads), "interleaved": np.bool_(options.interleaved)}
+
+
+def fuses_rope(x: Any, cos: Any, dy: Any | None, options: Options) -> bool:
+    """Whether the CUDA kernels rotate such rows themselves; ``dy`` is given for the backward."""
+    hidden, half = x.shape[-1], cos.shape[-1]
+    if _ffi.CUDA.module is None or not (is_static_dim(hidden) and is_static_dim(half)):
+        return False
+    return _ffi.CUDA.module.fuses_rope(
+        hidden=hidden,
+        width=2 * half,
+        interleaved=options.interleaved,
+        x=x.dtype.name,
+        dy=None if dy is None else dy.dtype.name,
+    )
+
+
+def batch_tables(
+    tables: Sequence[jax.Array], axes: Sequence[int | None], x: jax.Array
+) -> list[jax.Array]:
+    """cos and sin for ``x`` [batch, *rows, N, D], which has its batch axis in front.
+
+    Those of no batch serve every example. Of a batch, each example needs all its axes: those of x up to N.
+    """
+    if all(axis is None for axis in axes):
+        return list(tables)
+    batch, *rows = x.shape[:-2]
+
+    def expand(table: jax.Array, axis: int | None) -> jax.Array:
+        table = batching.bdim_at_front(table, axis, batch)
+        missing = len(rows) + 2 - table.ndim
+        table = jnp.expand_dims(table, range(1, 1 + missing))
+        return jnp.broadcast_to(table, (batch, *rows, table.shape[-1]))
+
+    return [expand(table, axis) for table, axis in zip(tables, axes, strict=True)]

@@ -1,0 +1,74 @@
+"""The norms of a decoder and what stands next to them: without the kernels, with them, and with them fused."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+import jax_rmsnorm
+
+EPS = 1e-6
+SCOPE = "rms_norm"  # marks the norm's own operations, so that they are found again in the compiled program
+_scoped = jax.named_scope(SCOPE)
+
+
+class Norms(NamedTuple):
+    """What a decoder asks for; every x may be of any leading shape, every gamma is float32 [size of x's last axis].
+
+    Attributes:
+        norm: (x, gamma) to the norm of x.
+        add_norm: (x, residual, gamma) to the norm of their sum, and the sum.
+        norm_rope: (x [batch, seq, heads, head_dim], gamma, cos [seq, head_dim / 2], sin) to the norm of each head,
+            with the rotary embedding.
+    """
+
+    norm: Callable[[jax.Array, jax.Array], jax.Array]
+    add_norm: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+    norm_rope: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def plain_norm(x: jax.Array, gamma: jax.Array) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    normalized = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + EPS)
+    return (normalized * gamma).astype(x.dtype)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turns the pairs (x[i], x[i + head_dim / 2]) of each head by its position's angles."""
+    cos, sin = cos[:, None], sin[:, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def _beside(norm: Callable[[jax.Array, jax.Array], jax.Array]) -> Norms:
+    """A norm with the additions and the rotary embedding in plain JAX next to it."""
+    norm = _scoped(norm)
+
+    def add_norm(
+        x: jax.Array, residual: jax.Array, gamma: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        h = x + residual
+        return norm(h, gamma), h
+
+    def norm_rope(x: jax.Array, gamma: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+        return rotate(norm(x, gamma), cos, sin)
+
+    return Norms(norm, add_norm, norm_rope)
+
+
+NORMS: Mapping[str, Norms] = {
+    "jnp": _beside(plain_norm),
+    "unfused": _beside(functools.partial(jax_rmsnorm.rms_norm, eps=EPS)),
+    "fused": Norms(
+        norm=_scoped(functools.partial(jax_rmsnorm.rms_norm, eps=EPS)),
+        add_norm=_scoped(functools.partial(jax_rmsnorm.add_rms_norm, eps=EPS)),
+        norm_rope=_scoped(functools.partial(jax_rmsnorm.rms_norm_rope, eps=EPS)),
+    ),
+    "identity": _beside(lambda x, gamma: x),
+}

@@ -1,0 +1,108 @@
+"""``residual=`` of the Flax modules: the sum and its norm, with the parameters of the module without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from checks import draw
+from flax import linen as flax_linen
+from flax import nnx as flax_nnx
+
+import jax_rmsnorm.linen
+import jax_rmsnorm.nnx
+
+SHAPE = (3, 5, 64)
+PAIRS = [
+    (jnp.float32, jnp.float32),
+    (jnp.bfloat16, jnp.bfloat16),
+    (jnp.bfloat16, jnp.float32),
+    (jnp.float32, jnp.bfloat16),
+]
+
+Call = Callable[..., Any]
+
+
+def nnx_call(scale: jax.Array, **options: Any) -> Call:
+    module = jax_rmsnorm.nnx.RMSNorm(SHAPE[-1], rngs=flax_nnx.Rngs(0), **options)
+    module.scale[...] = scale
+    return module
+
+
+def linen_call(scale: jax.Array, **options: Any) -> Call:
+    module = jax_rmsnorm.linen.RMSNorm(**options)
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        return module.apply({"params": {"scale": scale}}, *arguments, **keywords)
+
+    return call
+
+
+FLAVOURS = pytest.mark.parametrize("make", [nnx_call, linen_call])
+
+
+def operands(x_dtype: Any, residual_dtype: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    scale = draw(2, SHAPE[-1:], jnp.float32, scale=0.5, offset=1.0)
+    return draw(0, SHAPE, x_dtype), draw(1, SHAPE, residual_dtype), scale
+
+
+@jax.numpy_dtype_promotion("standard")  # Flax promotes a bfloat16 stream and a float32 scale
+@FLAVOURS
+@pytest.mark.parametrize(("x_dtype", "residual_dtype"), PAIRS)
+@pytest.mark.parametrize("implementation", ["kernel", "xla"])
+def test_values(make, x_dtype, residual_dtype, implementation):
+    x, residual, scale = operands(x_dtype, residual_dtype)
+    y, h = make(scale, implementation=implementation)(x, residual=residual)
+    assert h.dtype == residual_dtype
+    assert y.dtype == jnp.promote_types(residual_dtype, jnp.float32)
+    oracle.assert_close(h, oracle.to64(x) + oracle.to64(residual), what="h")
+    want = oracle.rms_norm(h, scale, h, eps=1e-6)
+    oracle.assert_close(y, want.y, what="y")
+
+
+@FLAVOURS
+def test_dtype_of_the_result(make):
+    """A float32 stream and layers in bfloat16."""
+    x, residual, scale = operands(jnp.bfloat16, jnp.float32)
+    y, h = make(scale, dtype=jnp.bfloat16)(x, residual=residual)
+    assert (y.dtype, h.dtype) == (jnp.bfloat16, jnp.float32)
+    want = oracle.rms_norm(h, scale.astype(jnp.bfloat16), h, eps=1e-6)
+    rounded_scale = 2 * oracle.unit_roundoff(jnp.bfloat16) * np.abs(want.y)
+    oracle.assert_close(y, want.y, extra=rounded_scale, what="y")
+
+
+@FLAVOURS
+def test_gradients_are_those_of_the_sum(make):
+    x, residual, scale = operands(jnp.float32, jnp.float32)
+    dy, dh = draw(3, SHAPE, jnp.float32), draw(4, SHAPE, jnp.float32)
+
+    def fused(x, residual):
+        return make(scale)(x, residual=residual)
+
+    (_, h), vjp = jax.vjp(fused, x, residual)
+    want = oracle.rms_norm(h, scale, dy, eps=1e-6)
+    for got in vjp((dy, dh)):
+        terms = want.dx_terms + np.abs(oracle.to64(dh))
+        oracle.assert_close(got, want.dx + oracle.to64(dh), terms=terms, what="gradient")
+
+
+@FLAVOURS
+def test_a_call_that_only_flax_covers_adds_too(make):
+    x, residual, scale = operands(jnp.float32, jnp.float32)
+    mask = jnp.arange(SHAPE[-1]) < 40
+    y, h = make(scale)(x, mask=mask, residual=residual)
+    np.testing.assert_allclose(h, x + residual, rtol=1e-6)
+    np.testing.assert_allclose(y, make(scale)(x + residual, mask=mask), rtol=1e-5)
+
+
+def test_linen_initializes_the_same_parameters():
+    x, residual, _ = operands(jnp.float32, jnp.float32)
+    key = jax.random.key(0)
+    plain = flax_linen.RMSNorm().init(key, x)
+    fused = jax_rmsnorm.linen.RMSNorm().init(key, x, residual=residual)
+    assert jax.tree.structure(plain) == jax.tree.structure(fused)

@@ -1,0 +1,62 @@
+"""The CPU kernels on each instruction set that this machine has."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from jax_rmsnorm import _cpu
+
+
+def run(arguments: list[str], instruction_set: str) -> str:
+    """Standard output of this Python with another instruction set."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_RMSNORM_CPU_ISA": instruction_set}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=pathlib.Path(__file__).parent,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_instruction_sets():
+    names = _cpu.instruction_sets()
+    assert names[-1] == "baseline"
+    assert set(names) <= {"avx512", "avx2", "baseline"}
+    wanted = os.environ.get("JAX_RMSNORM_CPU_ISA")
+    assert _cpu.active_instruction_set() == (wanted if wanted in names else names[0])
+
+
+@pytest.mark.parametrize("name", [*_cpu.instruction_sets(), "none such"])
+def test_choice_of_instruction_set(name):
+    code = "from jax_rmsnorm import _cpu; print(_cpu.active_instruction_set())"
+    available = _cpu.instruction_sets()
+    assert run(["-c", code], name).strip() == (name if name in available else available[0])
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in _cpu.instruction_sets() if n != _cpu.active_instruction_set()]
+)
+def test_values_on_other_instruction_sets(name):
+    """The tests of values that this process runs on the best one."""
+    files = [
+        "test_add_rms_norm.py::test_matches_float64",
+        "test_add_rms_norm.py::test_many_and_long_rows",
+        "test_conversions.py",
+        "test_fused_special_values.py",
+        "test_rms_norm_rope.py::test_heads_of_models",
+        "test_rms_norm_rope.py::test_matches_float64",
+        "test_special_values.py",
+        "test_values.py",
+    ]
+    run(
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=line", *files],
+        name,
+    )
