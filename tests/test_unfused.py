@@ -1,4 +1,4 @@
-"""What the CUDA lowering of the fused operations does where the kernels do not fuse: rms_norm's, and plain JAX around them."""
+"""The CUDA lowering of the fused operations where their kernels do not take the operands: rms_norm's, and plain JAX."""
 
 from __future__ import annotations
 
