@@ -41,7 +41,7 @@ def primitives(f, *arguments) -> list[str]:
     return re.findall(r"= rms_norm_(\w+)\[", str(jax.make_jaxpr(f)(*arguments)))
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     rows=st.lists(st.integers(1, 9), max_size=3),
     hidden=st.one_of(st.integers(1, 300), st.sampled_from([512, 1000, 1024, 2048, 4100])),

@@ -56,7 +56,7 @@ def shapes(draw):
     return (*lead, length, heads, 2 * half + rest), (*shared, length, half)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     shapes=shapes(),
     x_dtype=dtypes,
