@@ -12,7 +12,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import DTYPES, check_add_call, draw
+from checks import DTYPES, check_add_call, draw, needs_8_devices
 from compare import assert_near, assert_same_bits
 from hypothesis import given, settings
 from jax.sharding import PartitionSpec as P
@@ -200,7 +200,7 @@ def test_per_example_gradients():
     assert_same_bits(each, jnp.stack(expected))
 
 
-@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+@needs_8_devices
 @pytest.mark.parametrize("use_h", [True, False])
 def test_shard_map(use_h):
     """Each device has its rows; JAX sums the gradient of the gamma that all share."""

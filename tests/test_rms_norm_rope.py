@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from checks import DTYPES, check_rope_call, draw
+from checks import DTYPES, check_rope_call, draw, needs_8_devices
 from compare import assert_near, assert_same_bits
 from hypothesis import given, settings
 from jax.sharding import PartitionSpec as P
@@ -244,7 +244,7 @@ def test_scan_over_layers(remat):
     assert_near(run("kernel"), run("xla"))
 
 
-@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+@needs_8_devices
 @pytest.mark.parametrize("table_lead", [(), (16,)], ids=str)
 def test_shard_map(table_lead):
     """The batch is sharded, and with it tables that have a batch axis; JAX sums what all devices share."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import pytest
-from checks import draw
+from checks import draw, needs_8_devices
 from compare import assert_near, assert_same_bits
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -14,7 +14,7 @@ from jax_rmsnorm import rms_norm
 
 F32 = jnp.float32
 X, GAMMA, DY = draw(0, (16, 8, 24), F32), draw(1, (24,), F32), draw(2, (16, 8, 24), F32)
-pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+pytestmark = needs_8_devices
 CHECK = pytest.mark.parametrize("check_vma", [True, False])
 # (mesh shape, spec of x)
 MESHES = pytest.mark.parametrize(

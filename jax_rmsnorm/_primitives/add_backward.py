@@ -15,11 +15,10 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 
 from .. import _ffi, _reference
-from .._compat import apply_primitive, batching
 from .._options import Options
 from .backward import backward
-from .common import backward_types, batch_in_front, batch_size, with_scratch, without_scratch
-from .lowering import backward_attributes, register_lowerings, rows_are_aligned
+from .common import backward_types, batch_as_groups, with_scratch, without_scratch
+from .lowering import backward_attributes, register, rows_are_aligned
 
 add_backward_p = Primitive("rms_norm_add_backward")
 add_backward_p.multiple_results = True
@@ -79,21 +78,13 @@ def _unfused(
     return with_scratch(((dx + dh.astype(jnp.float32)).astype(h.dtype), dgamma), h, *gamma)
 
 
-def _batch(operands: Any, axes: Any, *, options: Options) -> Any:
-    # Each example has a dgamma of its own, hence a gamma of its own: the batch becomes an axis of groups.
-    batched = batch_in_front(operands, axes, batch_size(operands, axes))
-    results = add_backward_p.bind(*batched, options=options)
-    return results, [0] * len(results)
-
-
-add_backward_p.def_abstract_eval(_abstract_eval)
-add_backward_p.def_impl(functools.partial(apply_primitive, add_backward_p))
-batching.primitive_batchers[add_backward_p] = _batch
-register_lowerings(
+register(
     add_backward_p,
-    _reference_rule,
-    _ffi.ADD_BACKWARD,
-    _target_attributes,
+    abstract_eval=_abstract_eval,
+    batch=functools.partial(batch_as_groups, add_backward_p),
+    reference=_reference_rule,
+    target=_ffi.ADD_BACKWARD,
+    target_attributes=_target_attributes,
     fuses=_fuses,
     unfused=_unfused,
 )

@@ -6,18 +6,17 @@ Shapes as for rms_norm_forward; addend and h have x's, and h = x + addend its dt
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 from jax.extend.core import Primitive
 
 from .. import _ffi, _reference
-from .._compat import apply_primitive, batching, result_type
+from .._compat import result_type
 from .._options import Options
 from .common import batch_gamma, batch_in_front, batch_size, forward_types
 from .forward import forward
-from .lowering import forward_attributes, register_lowerings, rows_are_aligned
+from .lowering import forward_attributes, register, rows_are_aligned
 
 add_forward_p = Primitive("rms_norm_add_forward")
 add_forward_p.multiple_results = True
@@ -70,14 +69,13 @@ def _batch(operands: Any, axes: Any, *, options: Options, save_rrms: bool) -> An
     return results, [0] * len(results)
 
 
-add_forward_p.def_abstract_eval(_abstract_eval)
-add_forward_p.def_impl(functools.partial(apply_primitive, add_forward_p))
-batching.primitive_batchers[add_forward_p] = _batch
-register_lowerings(
+register(
     add_forward_p,
-    _reference_rule,
-    _ffi.ADD_FORWARD,
-    _target_attributes,
+    abstract_eval=_abstract_eval,
+    batch=_batch,
+    reference=_reference_rule,
+    target=_ffi.ADD_FORWARD,
+    target_attributes=_target_attributes,
     fuses=_fuses,
     unfused=_unfused,
 )

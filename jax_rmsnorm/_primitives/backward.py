@@ -12,10 +12,9 @@ import jax
 from jax.extend.core import Primitive
 
 from .. import _ffi, _reference
-from .._compat import apply_primitive, batching
 from .._options import Options
-from .common import backward_types, batch_in_front, batch_size, with_scratch, without_scratch
-from .lowering import backward_attributes, register_lowerings
+from .common import backward_types, batch_as_groups, with_scratch, without_scratch
+from .lowering import backward_attributes, register
 
 backward_p = Primitive("rms_norm_backward")
 backward_p.multiple_results = True
@@ -44,14 +43,11 @@ def _target_attributes(*_: Any, options: Options) -> dict[str, Any]:
     return backward_attributes(options)
 
 
-def _batch(operands: Any, axes: Any, *, options: Options) -> Any:
-    # Each example has a dgamma of its own, hence a gamma of its own: the batch becomes an axis of groups.
-    batched = batch_in_front(operands, axes, batch_size(operands, axes))
-    results = backward_p.bind(*batched, options=options)
-    return results, [0] * len(results)
-
-
-backward_p.def_abstract_eval(_abstract_eval)
-backward_p.def_impl(functools.partial(apply_primitive, backward_p))
-batching.primitive_batchers[backward_p] = _batch
-register_lowerings(backward_p, _reference_rule, _ffi.BACKWARD, _target_attributes)
+register(
+    backward_p,
+    abstract_eval=_abstract_eval,
+    batch=functools.partial(batch_as_groups, backward_p),
+    reference=_reference_rule,
+    target=_ffi.BACKWARD,
+    target_attributes=_target_attributes,
+)

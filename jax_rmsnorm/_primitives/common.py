@@ -85,6 +85,16 @@ def batch_in_front(operands: Sequence[Any], axes: Sequence[int | None], size: in
     return [batching.bdim_at_front(x, axis, size) for x, axis in zip(operands, axes, strict=True)]
 
 
+def batch_as_groups(primitive: Any, operands: Any, axes: Any, **params: Any) -> Any:
+    """The batching rule of a backward: each example has a dgamma of its own, and so a gamma of its own.
+
+    The batch becomes an axis of groups.
+    """
+    batched = batch_in_front(operands, axes, batch_size(operands, axes))
+    results = primitive.bind(*batched, **params)
+    return results, [0] * len(results)
+
+
 def batch_gamma(gamma: Sequence[Any], axes: Sequence[int | None], size: int) -> list[Any]:
     """As `batch_in_front`, for a gamma (or none) that only a forward takes.
 

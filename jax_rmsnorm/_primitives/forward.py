@@ -5,17 +5,15 @@ The mathematics is `_reference.forward`. Groups are there so that a gamma batche
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 from jax.extend.core import Primitive
 
 from .. import _ffi, _reference
-from .._compat import apply_primitive, batching
 from .._options import Options
 from .common import batch_gamma, batch_in_front, batch_size, forward_types
-from .lowering import forward_attributes, register_lowerings
+from .lowering import forward_attributes, register
 
 forward_p = Primitive("rms_norm_forward")
 forward_p.multiple_results = True
@@ -56,7 +54,11 @@ def _batch(operands: Any, axes: Any, *, options: Options, save_rrms: bool) -> An
     return results, [0] * len(results)
 
 
-forward_p.def_abstract_eval(_abstract_eval)
-forward_p.def_impl(functools.partial(apply_primitive, forward_p))
-batching.primitive_batchers[forward_p] = _batch
-register_lowerings(forward_p, _reference_rule, _ffi.FORWARD, _target_attributes)
+register(
+    forward_p,
+    abstract_eval=_abstract_eval,
+    batch=_batch,
+    reference=_reference_rule,
+    target=_ffi.FORWARD,
+    target_attributes=_target_attributes,
+)

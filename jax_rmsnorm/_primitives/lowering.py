@@ -1,7 +1,8 @@
-"""Lowering of the primitives: the kernels' custom calls by platform, and their attributes."""
+"""The primitives' rules, registered: above all their lowering, to the kernels' custom calls by platform."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 
 from .. import _ffi
-from .._compat import is_static_dim, mlir
+from .._compat import apply_primitive, batching, is_static_dim, mlir
 from .._options import Options
 
 # XLA checks the types of attributes strictly, hence the NumPy scalars.
@@ -32,25 +33,34 @@ def backward_attributes(options: Options) -> dict[str, Any]:
     return _attributes(options, options.sm_margin.backward)
 
 
-def register_lowerings(
+def register(
     primitive: Any,
+    *,
+    abstract_eval: Callable[..., Sequence[Any]],
+    batch: Callable[..., Any],
     reference: Callable[..., Sequence[jax.Array]],
     target: str,
     target_attributes: Callable[..., dict[str, Any]],
-    *,
     fuses: Callable[..., bool] | None = None,
     unfused: Callable[..., Sequence[jax.Array]] | None = None,
 ) -> None:
-    """One lowering for all platforms: the kernel's custom call where one is loaded, else ``reference`` in plain JAX.
+    """Registers all rules of a primitive.
+
+    There is one lowering for all platforms: the kernel's custom call where one is loaded, else plain JAX.
 
     Args:
         primitive: takes a parameter ``options``.
+        abstract_eval: from the operands' types to the results'.
+        batch: JAX's batching rule.
         reference: same operands, parameters and results as the primitive.
         target: name of the XLA FFI target.
         target_attributes: from the operands' types and the primitive's parameters to the custom call's attributes.
         fuses: from what ``target_attributes`` takes, whether the CUDA kernel takes such operands; None if it takes all.
         unfused: in place of the CUDA kernel where it does not: as ``reference``, but with simpler kernels in it.
     """
+    primitive.def_abstract_eval(abstract_eval)
+    primitive.def_impl(functools.partial(apply_primitive, primitive))
+    batching.primitive_batchers[primitive] = batch
     plain = mlir.lower_fun(reference, multiple_results=True)
 
     def lower_plain(ctx: Any, *operands: Any, **params: Any) -> Any:

@@ -5,7 +5,6 @@ Shapes as for rms_norm_rope_forward; dgamma has gamma's. The mathematics is `_re
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -13,11 +12,10 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 
 from .. import _ffi, _reference
-from .._compat import apply_primitive, batching
 from .._options import Options
 from .backward import backward
 from .common import backward_types, batch_in_front, batch_size, with_scratch, without_scratch
-from .lowering import backward_attributes, register_lowerings
+from .lowering import backward_attributes, register
 from .rope_common import batch_tables, fuses_rope, rope_attributes
 
 rope_backward_p = Primitive("rms_norm_rope_backward")
@@ -95,14 +93,13 @@ def _batch(operands: Any, axes: Any, *, options: Options) -> Any:
     return results, [0] * len(results)
 
 
-rope_backward_p.def_abstract_eval(_abstract_eval)
-rope_backward_p.def_impl(functools.partial(apply_primitive, rope_backward_p))
-batching.primitive_batchers[rope_backward_p] = _batch
-register_lowerings(
+register(
     rope_backward_p,
-    _reference_rule,
-    _ffi.ROPE_BACKWARD,
-    _target_attributes,
+    abstract_eval=_abstract_eval,
+    batch=_batch,
+    reference=_reference_rule,
+    target=_ffi.ROPE_BACKWARD,
+    target_attributes=_target_attributes,
     fuses=_fuses,
     unfused=_unfused,
 )

@@ -7,7 +7,6 @@ What x has in front of P shares them, and so do the N heads. The mathematics is 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -15,11 +14,10 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 
 from .. import _ffi, _reference
-from .._compat import apply_primitive, batching
 from .._options import Options
 from .common import batch_gamma, batch_in_front, batch_size, forward_types
 from .forward import forward
-from .lowering import forward_attributes, register_lowerings
+from .lowering import forward_attributes, register
 from .rope_common import batch_tables, fuses_rope, rope_attributes
 
 rope_forward_p = Primitive("rms_norm_rope_forward")
@@ -94,14 +92,13 @@ def _batch(operands: Any, axes: Any, *, options: Options, save_rrms: bool) -> An
     return results, [0] * len(results)
 
 
-rope_forward_p.def_abstract_eval(_abstract_eval)
-rope_forward_p.def_impl(functools.partial(apply_primitive, rope_forward_p))
-batching.primitive_batchers[rope_forward_p] = _batch
-register_lowerings(
+register(
     rope_forward_p,
-    _reference_rule,
-    _ffi.ROPE_FORWARD,
-    _target_attributes,
+    abstract_eval=_abstract_eval,
+    batch=_batch,
+    reference=_reference_rule,
+    target=_ffi.ROPE_FORWARD,
+    target_attributes=_target_attributes,
     fuses=_fuses,
     unfused=_unfused,
 )

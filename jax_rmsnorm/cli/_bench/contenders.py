@@ -96,12 +96,12 @@ class Kernel(JaxContender):
         return make_forward(norm) if case.op == "forward" else make_saved_backward(norm)
 
 
-def plain_norm(x: jax.Array, gamma: jax.Array) -> tuple[jax.Array, jax.Array]:
+def plain_norm(x: jax.Array, gamma: jax.Array, eps: float = EPS) -> tuple[jax.Array, jax.Array]:
     """The ten lines of `jax.numpy` that people write: y, and the mean square, which the backward can start from."""
     wide = x.astype(jnp.float32)
     mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
     mean_square = checkpoint_name(mean_square, "mean_square")
-    y = wide * lax.rsqrt(mean_square + EPS) * gamma.astype(jnp.float32)
+    y = wide * lax.rsqrt(mean_square + eps) * gamma.astype(jnp.float32)
     return y.astype(x.dtype), mean_square
 
 
