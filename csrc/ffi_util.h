@@ -139,7 +139,7 @@ inline ffi::Error DecodeBackward(const ffi::AnyBuffer& x, const ffi::AnyBuffer& 
   args->arithmetic = arithmetic;
   args->x = x.untyped_data();
   args->rrms = static_cast<const float*>(rrms.untyped_data());
-  args->dy = dy.untyped_data();
+  args->dy[0] = dy.untyped_data();
   args->dx = dx->untyped_data();
   if (!gamma) return ffi::Error::Success();
 

@@ -40,7 +40,7 @@ struct Rotary {
 // What is fused with the norm.
 enum class Fusion : int32_t {
   kNone,
-  kAdd,     // forward: an addend to x; backward: the gradient that reaches the sum from elsewhere
+  kAdd,     // forward: an addend to x; backward: further gradients, of y or of the sum that is x
   kRotary,  // the rotary embedding of the result
 };
 
@@ -65,13 +65,17 @@ inline Fusion FusionOf(const ForwardArgs& args) {
   return args.addend != nullptr ? Fusion::kAdd : args.rotary.cos != nullptr ? Fusion::kRotary : Fusion::kNone;
 }
 
+// Gradients that a kernel adds up: those of y come one for each place that reads it.
+constexpr int kMostGradients = 4;
+
 struct BackwardArgs {
   Shape shape;
   Arithmetic arithmetic;
   const void* x = nullptr;
   const void* gamma = nullptr;  // null: gamma is one, and dgamma and partials are null too
   const float* rrms = nullptr;
-  const void* dy = nullptr;
+  const void* dy[kMostGradients] = {};
+  int32_t gradients = 1;     // of y, added up in float32
   const void* dh = nullptr;  // of x's dtype: added to dx before that is rounded; null: nothing to add
   Rotary rotary;             // dy is rotated back first
   void* dx = nullptr;
@@ -84,7 +88,8 @@ struct BackwardArgs {
 };
 
 inline Fusion FusionOf(const BackwardArgs& args) {
-  return args.dh != nullptr ? Fusion::kAdd : args.rotary.cos != nullptr ? Fusion::kRotary : Fusion::kNone;
+  const bool add = args.dh != nullptr || args.gradients > 1;
+  return add ? Fusion::kAdd : args.rotary.cos != nullptr ? Fusion::kRotary : Fusion::kNone;
 }
 
 }  // namespace jax_rmsnorm

@@ -108,12 +108,12 @@ void BackwardRows(const BackwardArgs& args, int64_t group, int64_t first, int64_
   for (int64_t row = first; row < last; ++row) {
     const int64_t index = group * args.shape.rows + row;
     const X* x = static_cast<const X*>(args.x) + index * hidden;
-    const D* dy = static_cast<const D*>(args.dy) + index * hidden;
+    const D* dy = static_cast<const D*>(args.dy[0]) + index * hidden;
     const X* dh = static_cast<const X*>(args.dh) + index * hidden;
     X* dx = static_cast<X*>(args.dx) + index * hidden;
     if constexpr (kFusion == Fusion::kRotary) {
       float* rotated = dy_scratch.Row(hidden);
-      WithRow<X>(args.dy_dtype, args.dy, index * hidden, [&](auto load) {
+      WithRow<X>(args.dy_dtype, args.dy[0], index * hidden, [&](auto load) {
         rotation.Rotate(index, load, [&](auto at, Floats values) { StoreFloats<X>(at, rotated, values); });
       });
       dy = rotated;

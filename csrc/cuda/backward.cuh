@@ -18,14 +18,18 @@ namespace jax_rmsnorm {
 // and writes that row's dx: nobody waits for the slowest thread of the row. Both rows are in the ring, and
 // behind them the packets in flight, as many as the memory likes best.
 //
-// Preconditions: all tensors are aligned to 16 bytes, and with kAligned or a gradient to add all rows; the
-// row fits, hidden <= kSize * kPackets * threads_per_row * blocks of the cluster, and without kAligned one
-// packet less.
+// Preconditions: all tensors are aligned to 16 bytes, and with kAligned all rows to their packets, without it
+// packets are of 16 bytes; the row fits, hidden <= kSize * kPackets * threads_per_row * blocks of the
+// cluster, and without kAligned one packet less. Gradients beyond the first dy need kAdd, and kAdd needs
+// kAligned.
 template <typename T, typename D, int kSize, int kPackets, Scope kScope, bool kAligned, Fusion kFusion>
-__global__ __launch_bounds__(kMaxThreads,
+__global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThreads,
                              1) void BackwardKernel(const __grid_constant__ BackwardParams params) {
-  constexpr int kAhead = kRowsAhead[static_cast<int>(kScope)][kPackets];
+  constexpr int kNarrowest = sizeof(T) < sizeof(D) ? sizeof(T) : sizeof(D);
+  constexpr int kAhead = kRowsAhead[static_cast<int>(kScope)][kPackets * kSize * kNarrowest / 16];
   constexpr int kPlaces = (kAhead + 2) * kPackets;
+  constexpr int kUnit = 16 / (kSize * kNarrowest);  // packets that are copied, and waited for, together
+  constexpr bool kAdd = kFusion == Fusion::kAdd;
   extern __shared__ uint4 shared[];
   __shared__ typename SplitRowSum<kScope>::Shared sum_memory;
   const BackwardArgs& args = params.args;
@@ -43,12 +47,28 @@ __global__ __launch_bounds__(kMaxThreads,
   const int64_t elements = args.shape.groups * rows * hidden;
   const uint32_t ring_memory = SharedAddress(shared);
   const PacketRing<T, kSize, kAligned> x_ring(ring_memory, args.x, elements, threads);
-  const PacketRing<D, kSize, kAligned> dy_ring(ring_memory + kPlaces * x_ring.Bytes(), args.dy, elements,
+  const PacketRing<D, kSize, kAligned> dy_ring(ring_memory + kPlaces * x_ring.Bytes(), args.dy[0], elements,
                                                threads);
-  // Without kAligned the table of gamma is behind the rings, with an addend the ring of dh.
+  // Behind these two rings: without kAligned the table of gamma; with kAdd the ring of dh, and one for each
+  // further gradient.
   const uint32_t behind = ring_memory + kPlaces * (x_ring.Bytes() + dy_ring.Bytes());
   const GammaTable<kSize, kPackets> table(behind, threads, thread);
   const PacketRing<T, kSize, kAligned> dh_ring(behind, args.dh, elements, threads);
+  // How far behind dy's ring that of its gradient g is.
+  const auto gradient = [&](int g) {
+    return kPlaces * (dh_ring.Bytes() + static_cast<uint32_t>(g) * dy_ring.Bytes());
+  };
+  // dy, the sum of its gradients, from a place of their rings.
+  const auto read_dy = [&](int at, float (&dy)[kSize]) {
+    dy_ring.Read(at).Get(dy);
+    if constexpr (kAdd) {
+#pragma unroll
+      for (int g = 1; g < kMostGradients; ++g) {
+        if (g >= args.gradients) break;
+        AddPacket(dy_ring.Read(at, gradient(g)), dy);
+      }
+    }
+  };
 
   int column[kPackets];
 #pragma unroll
@@ -73,21 +93,30 @@ __global__ __launch_bounds__(kMaxThreads,
     const int64_t my_row = group * rows + first + slot;
 
     int64_t start = my_row * hidden;
-    // Copies packet k of the row at element `begin` to the ring's row that starts at place `at`.
-    const auto copy = [&](int at, int k, int64_t begin, bool inside) {
+    // Copies a unit of the row at element `begin`, from packet `unit` on, to the ring's row at place `at`.
+    const auto copy = [&](int at, int unit, int64_t begin, bool inside) {
       const int shift = shift_of(begin);
-      if (inside && column[k] - shift < hidden) {
+#pragma unroll
+      for (int k = unit; k < unit + kUnit; ++k) {
+        if (!inside || column[k] - shift >= hidden) continue;
         const bool whole = begin + hidden + 2 * kSize <= elements;
         x_ring.Copy(at + k, begin + column[k] - shift, whole);
         dy_ring.Copy(at + k, begin + column[k] - shift, whole);
-        if constexpr (kFusion == Fusion::kAdd) dh_ring.Copy(at + k, begin + column[k], whole);
+        if constexpr (kAdd) {
+          if (args.dh != nullptr) dh_ring.Copy(at + k, begin + column[k], true);
+#pragma unroll
+          for (int g = 1; g < kMostGradients; ++g) {
+            if (g >= args.gradients) break;
+            dy_ring.CopyFrom(args.dy[g], at + k, begin + column[k], gradient(g));
+          }
+        }
       }
       CommitCopies();
     };
 #pragma unroll
     for (int t = 0; t < kAhead; ++t) {
 #pragma unroll
-      for (int k = 0; k < kPackets; ++k) copy(t * kPackets, k, start + t * row_step, t < my_turns);
+      for (int k = 0; k < kPackets; k += kUnit) copy(t * kPackets, k, start + t * row_step, t < my_turns);
     }
 
     const float* rrms_of = args.rrms + my_row;
@@ -104,7 +133,7 @@ __global__ __launch_bounds__(kMaxThreads,
       } else if (kAligned) {  // nothing is copied there
         for (int to = k; to < kPlaces; to += kPackets) {
           x_ring.Zero(to);
-          dy_ring.Zero(to);
+          for (int g = 0; g < (kAdd ? args.gradients : 1); ++g) dy_ring.Zero(to, g == 0 ? 0 : gradient(g));
         }
       }
       if constexpr (!kAligned) {
@@ -129,14 +158,16 @@ __global__ __launch_bounds__(kMaxThreads,
         float sum = 0.0f;
 #pragma unroll
         for (int k = 0; k < kPackets; ++k) {
-          WaitCopies<kAhead * kPackets - 1>();
-          copy(to, k, start + kAhead * row_step, t + kAhead < my_turns);
+          if (k % kUnit == 0) {
+            WaitCopies<kAhead * kPackets / kUnit - 1>();
+            copy(to, k, start + kAhead * row_step, t + kAhead < my_turns);
+          }
           if constexpr (!kAligned) __syncwarp();  // for the copies of the next lane
           if (t >= my_turns) continue;
           float x[kSize], dy[kSize];
           if constexpr (kAligned) {
             x_ring.Read(from + k).Get(x);
-            dy_ring.Read(from + k).Get(dy);
+            read_dy(from + k, dy);
           } else {
             WithShift<kSize, kScope != Scope::kLanes>(shift_of(start), [&](int shift) {
               Join(x_ring.Read(from + k), x_ring.ReadNext(from + k), shift).Get(x);
@@ -161,11 +192,13 @@ __global__ __launch_bounds__(kMaxThreads,
             if (!kAligned && first_column >= hidden) continue;
             float x[kSize], dy[kSize], dx[kSize];
             x_ring.Read(last_from + k).Get(x);
-            dy_ring.Read(last_from + k).Get(dy);
+            read_dy(last_from + k, dy);
             T* dx_at = static_cast<T*>(args.dx) + last_start + first_column;
             if constexpr (kAligned) {
               Differentiate(x, dy, gamma[k], last_rrms, slope, dx);
-              if constexpr (kFusion == Fusion::kAdd) AddPacket(dh_ring.Read(last_from + k), dx);
+              if constexpr (kAdd) {
+                if (args.dh != nullptr) AddPacket(dh_ring.Read(last_from + k), dx);
+              }
               Packet<T, kSize> packet;
               packet.Set(dx);
               if (first_column < hidden) packet.Store(dx_at);
@@ -196,30 +229,33 @@ __global__ __launch_bounds__(kMaxThreads,
 template <typename T, typename D, int kSize, Fusion kFusion>
 auto FindBackwardAligned(const LaunchConfig& config) -> void (*)(BackwardParams) {
   if (config.scope == Scope::kLanes) {
-    return config.packets == 1 ? BackwardKernel<T, D, kSize, 1, Scope::kLanes, true, kFusion>
-                               : BackwardKernel<T, D, kSize, 2, Scope::kLanes, true, kFusion>;
+    return config.packets == 1   ? BackwardKernel<T, D, kSize, 1, Scope::kLanes, true, kFusion>
+           : config.packets == 2 ? BackwardKernel<T, D, kSize, 2, Scope::kLanes, true, kFusion>
+                                 : BackwardKernel<T, D, kSize, 3, Scope::kLanes, true, kFusion>;
   }
   if (config.scope == Scope::kBlock) return BackwardKernel<T, D, kSize, 2, Scope::kBlock, true, kFusion>;
   return config.packets == 2 ? BackwardKernel<T, D, kSize, 2, Scope::kCluster, true, kFusion>
                              : BackwardKernel<T, D, kSize, 3, Scope::kCluster, true, kFusion>;
 }
 
-template <typename T, typename D, int kSize>
-auto FindBackwardUnaligned(const LaunchConfig& config) -> void (*)(BackwardParams) {
-  if (config.scope == Scope::kLanes) {
-    return config.packets == 1 ? BackwardKernel<T, D, kSize, 1, Scope::kLanes, false, Fusion::kNone>
-                               : BackwardKernel<T, D, kSize, 2, Scope::kLanes, false, Fusion::kNone>;
+template <typename T, int kSize, int kPackets, bool kAligned>
+auto FindBackwardUnaligned(Scope scope) -> void (*)(BackwardParams) {
+  switch (scope) {
+    case Scope::kLanes:
+      return BackwardKernel<T, T, kSize, kPackets, Scope::kLanes, kAligned, Fusion::kNone>;
+    case Scope::kBlock:
+      return BackwardKernel<T, T, kSize, kPackets, Scope::kBlock, kAligned, Fusion::kNone>;
+    default:
+      return BackwardKernel<T, T, kSize, kPackets, Scope::kCluster, kAligned, Fusion::kNone>;
   }
-  return config.scope == Scope::kBlock
-             ? BackwardKernel<T, D, kSize, 2, Scope::kBlock, false, Fusion::kNone>
-             : BackwardKernel<T, D, kSize, 2, Scope::kCluster, false, Fusion::kNone>;
 }
 
 template <typename T, typename D, int kSize>
 auto FindBackwardFew(const LaunchConfig& config) -> void (*)(BackwardParams) {
   if (config.scope == Scope::kBlock) return BackwardFewKernel<T, D, kSize, 2, Scope::kBlock>;
-  return config.packets == 1 ? BackwardFewKernel<T, D, kSize, 1, Scope::kLanes>
-                             : BackwardFewKernel<T, D, kSize, 2, Scope::kLanes>;
+  return config.packets == 1   ? BackwardFewKernel<T, D, kSize, 1, Scope::kLanes>
+         : config.packets == 2 ? BackwardFewKernel<T, D, kSize, 2, Scope::kLanes>
+                               : BackwardFewKernel<T, D, kSize, 3, Scope::kLanes>;
 }
 
 // The kernel that `config` asks for; the packet counts are those that ConfigureBackward hands out.
@@ -232,7 +268,10 @@ auto FindBackward(const LaunchConfig& config, Fusion fusion) -> void (*)(Backwar
   if (fusion == Fusion::kRotary) return FindBackwardRotary<T, D, kSize>(config);
   if (config.method == Method::kFew) return FindBackwardFew<T, D, kSize>(config);
   if (!config.aligned) {
-    if constexpr (std::is_same_v<T, D>) return FindBackwardUnaligned<T, D, kSize>(config);
+    if constexpr (std::is_same_v<T, D>) {
+      return config.width < kSize ? FindBackwardUnaligned<T, kSize / 2, 4, true>(config.scope)
+                                  : FindBackwardUnaligned<T, kSize, 2, false>(config.scope);
+    }
     return nullptr;
   }
   return fusion == Fusion::kAdd ? FindBackwardAligned<T, D, kSize, Fusion::kAdd>(config)

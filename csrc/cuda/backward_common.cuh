@@ -55,13 +55,24 @@ __device__ __forceinline__ void Differentiate(const float (&x)[kSize], const flo
   for (int i = 0; i < kSize; ++i) dx[i] = dy[i] * rrms * gamma[i] + x[i] * slope;
 }
 
-// dx += dh, of the element type of x.
 template <typename T, int kSize>
-__device__ __forceinline__ void AddPacket(const Packet<T, kSize>& dh, float (&dx)[kSize]) {
-  float values[kSize];
-  dh.Get(values);
+__device__ __forceinline__ void AddPacket(const Packet<T, kSize>& packet, float (&values)[kSize]) {
+  float more[kSize];
+  packet.Get(more);
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) dx[i] += values[i];
+  for (int i = 0; i < kSize; ++i) values[i] += more[i];
+}
+
+// dy += the gradients of y beyond the first, at the kSize columns from element `at` on.
+template <typename D, int kSize>
+__device__ __forceinline__ void AddGradients(const BackwardArgs& args, int64_t at, float (&dy)[kSize]) {
+#pragma unroll
+  for (int g = 1; g < kMostGradients; ++g) {
+    if (g >= args.gradients) return;
+    Packet<D, kSize> packet;
+    packet.Load(static_cast<const D*>(args.dy[g]) + at);
+    AddPacket(packet, dy);
+  }
 }
 
 // A block's part of dgamma at the kSize columns from `column` on: into its partial row, or into dgamma itself

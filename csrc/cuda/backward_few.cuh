@@ -33,7 +33,7 @@ __device__ __forceinline__ void DifferentiateRows(const BackwardParams& params, 
     dh[k].SetZero();
     if (!live || column(k) >= hidden) continue;
     x[k].Load(static_cast<const T*>(args.x) + start + column(k));
-    dy[k].Load(static_cast<const D*>(args.dy) + start + column(k));
+    dy[k].Load(static_cast<const D*>(args.dy[0]) + start + column(k));
     if (args.dh != nullptr) dh[k].Load(static_cast<const T*>(args.dh) + start + column(k));
   }
   const float rrms = live ? args.rrms[row] : 0.0f;
@@ -48,6 +48,7 @@ __device__ __forceinline__ void DifferentiateRows(const BackwardParams& params, 
     float xs[kSize], dys[kSize], unused[kSize] = {};
     x[k].Get(xs);
     dy[k].Get(dys);
+    if (live && column(k) < hidden) AddGradients<D>(args, start + column(k), dys);
     sum += Accumulate<T>(xs, dys, gamma[k], rrms, false, unused);
   }
   const float mean = row_sum(sum) * params.inverse_hidden;
@@ -58,6 +59,7 @@ __device__ __forceinline__ void DifferentiateRows(const BackwardParams& params, 
     float xs[kSize], dys[kSize], dx[kSize];
     x[k].Get(xs);
     dy[k].Get(dys);
+    AddGradients<D>(args, start + column(k), dys);
     Differentiate(xs, dys, gamma[k], rrms, slope, dx);
     AddPacket(dh[k], dx);
     Packet<T, kSize> packet;
@@ -86,11 +88,12 @@ __device__ __forceinline__ void SumTile(const BackwardParams& params, int64_t gr
       Packet<T, kSize> x;
       Packet<D, kSize> dy;
       x.Load(static_cast<const T*>(args.x) + row * hidden + column);
-      dy.Load(static_cast<const D*>(args.dy) + row * hidden + column);
+      dy.Load(static_cast<const D*>(args.dy[0]) + row * hidden + column);
       const float rrms = args.rrms[row];
       float xs[kSize], dys[kSize], ones[kSize];
       x.Get(xs);
       dy.Get(dys);
+      AddGradients<D>(args, row * hidden + column, dys);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) ones[i] = 1.0f;
       Accumulate<T>(xs, dys, ones, rrms, args.arithmetic.round_before_gamma, dgamma);
@@ -116,7 +119,7 @@ __device__ __forceinline__ void SumTile(const BackwardParams& params, int64_t gr
 // to 16 bytes; the row fits, hidden <= kSize * kPackets * threads_per_row; a block has kTilePackets * kSize
 // threads or more.
 template <typename T, typename D, int kSize, int kPackets, Scope kScope>
-__global__ __launch_bounds__(kMaxThreads,
+__global__ __launch_bounds__(kScope == Scope::kLanes ? kFewThreads : kMaxThreads,
                              2) void BackwardFewKernel(const __grid_constant__ BackwardParams params) {
   LaunchDependents();
   WaitForPrimary();

@@ -34,9 +34,10 @@ __global__ __launch_bounds__(512) void BackwardLoopKernel(const __grid_constant_
         Packet<T, kSize> x;
         Packet<D, kSize> dy;
         x.Load(static_cast<const T*>(args.x) + offset + column);
-        dy.Load(static_cast<const D*>(args.dy) + offset + column);
+        dy.Load(static_cast<const D*>(args.dy[0]) + offset + column);
         x.Get(xs);
         dy.Get(dys);
+        AddGradients<D>(args, offset + column, dys);
         WithType(args.gamma_dtype, [&](auto tag) {
           using G = decltype(tag);
           const G* gamma = static_cast<const G*>(args.gamma);

@@ -37,7 +37,7 @@ __global__ __launch_bounds__(kLanesThreads,
   const int64_t elements = args.shape.groups * rows * hidden;
   const uint32_t ring_memory = SharedAddress(shared);
   const PacketRing<T, kSize, true> x_ring(ring_memory, args.x, elements, threads);
-  const PacketRing<D, kSize, true> dy_ring(ring_memory + kPlaces * x_ring.Bytes(), args.dy, elements,
+  const PacketRing<D, kSize, true> dy_ring(ring_memory + kPlaces * x_ring.Bytes(), args.dy[0], elements,
                                            threads);
   const int column[kPackets] = {thread * kSize, (threads + thread) * kSize};
 

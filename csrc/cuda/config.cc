@@ -19,11 +19,6 @@ constexpr int NextPowerOfTwo(int64_t n) {
 
 constexpr int WholeWarps(int64_t threads) { return static_cast<int>(CeilDiv(threads, kWarp)) * kWarp; }
 
-// Packets that cover a row wherever it begins.
-int64_t PacketsOf(int64_t hidden, int width, Alignment alignment) {
-  return CeilDiv(hidden, width) + (alignment == Alignment::kRows ? 0 : 1);
-}
-
 // Where a row is no longer than a warp's registers allow, part of a warp takes it.
 LaunchConfig Lanes(int64_t packets, int per_thread, int block) {
   LaunchConfig config;
@@ -67,8 +62,9 @@ int ClusterFor(int64_t packets, int per_thread, int threads) {
 // What both passes want of a ring.
 struct Ring {
   int64_t packet_bytes;  // of all operands that are copied
-  bool aligned;
-  int width;  // elements a packet
+  int64_t access;        // bytes of a packet of the narrowest one
+  bool aligned;          // rows, to their packets
+  int width;             // elements a packet
   int64_t room;
 
   // Shared memory of a block of `config`.
@@ -76,8 +72,9 @@ struct Ring {
     // Lanes of unaligned rows share packets, and need one more for every run of them.
     const int run = std::min(config.threads_per_row, kWarp);
     const int packets = config.block + (aligned ? 0 : config.block / run);
-    const int ahead = config.rows > 1 ? kRotaryAhead[config.rows]
-                                      : kRowsAhead[static_cast<int>(config.scope)][config.packets];
+    const int ahead = config.rows > 1
+                          ? kRotaryAhead[config.rows]
+                          : kRowsAhead[static_cast<int>(config.scope)][config.packets * access / 16];
     const int rows = (ahead + 2) * config.rows;
     // gamma's columns, and those of the packet before.
     const int64_t table = aligned ? 0 : int64_t{2} * width * config.packets * config.threads_per_row * 4;
@@ -182,13 +179,32 @@ LaunchConfig RotaryLayout(int64_t hidden, int64_t width, const Fused& fused, int
   return config;
 }
 
-LaunchConfig BackwardLayout(const Device& device, const Ring& ring, int64_t packets) {
-  const int per_thread = packets == 1 ? 1 : 2;
+// Rows of one dtype that are not aligned to 16 bytes: in packets of 8 where they are aligned to these, else
+// in packets of 16 that are joined.
+LaunchConfig UnalignedBackwardLayout(const Device& device, Ring* ring, int64_t hidden) {
+  int per_thread = 2;
+  int64_t packets = CeilDiv(hidden, ring->width) + 1;  // that cover a row wherever it begins
+  const int narrow = ring->width / 2;
+  if (hidden % narrow == 0) {
+    per_thread = 4;
+    packets = hidden / narrow;
+    *ring = {ring->packet_bytes / 2, ring->access / 2, true, narrow, ring->room};
+  }
   if (packets <= per_thread * kWarp) return Lanes(packets, per_thread, kWarp);
   LaunchConfig config;
-  if (ring.PlaceBlock(packets, per_thread, &config)) return config;
-  config = ring.PlaceCluster(device, packets, per_thread);
-  if (!ring.aligned) return config;
+  if (ring->PlaceBlock(packets, per_thread, &config)) return config;
+  return ring->PlaceCluster(device, packets, per_thread);
+}
+
+LaunchConfig BackwardLayout(const Device& device, const Ring& ring, int64_t packets) {
+  constexpr int kMostForThree = 88;  // packets of a warp's row that two warps do not read as fast
+  LaunchConfig config = Lanes(packets, packets == 1 ? 1 : 2, kWarp);
+  const LaunchConfig fewer_idle = Lanes(packets, 3, kWarp);
+  if (packets <= kMostForThree && 3 * fewer_idle.threads_per_row < 2 * config.threads_per_row)
+    config = fewer_idle;
+  if (config.threads_per_row <= kWarp) return config;
+  if (ring.PlaceBlock(packets, 2, &config)) return config;
+  config = ring.PlaceCluster(device, packets, 2);
   // Of blocks with two packets a thread and with three, those with more threads.
   const LaunchConfig three = ring.PlaceCluster(device, packets, 3);
   return three.scope == Scope::kCluster && three.block > config.block ? three : config;
@@ -224,7 +240,7 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
   constexpr int kRotaryBlock = 128;
   const auto width = static_cast<int>(16 / SizeOf(x));
   const int64_t room = device.shared_memory - kOtherSharedMemory;
-  const Ring ring{width * SizeOf(x), alignment == Alignment::kRows, width, room};
+  const Ring ring{width * SizeOf(x), 16, alignment == Alignment::kRows, width, room};
   LaunchConfig config;
   if (fused.fusion == Fusion::kRotary) {
     config = RotaryLayout(shape.hidden, width, fused, margin > 0 ? kFusedThreads : kRotaryBlock);
@@ -263,23 +279,24 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
 
 LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x, DType dy,
                                Alignment alignment, int64_t partial_rows, int margin, const Fused& fused) {
-  constexpr int kFewThreads = 256;
   const auto width = static_cast<int>(16 / std::min(SizeOf(x), SizeOf(dy)));
-  const int64_t packets = PacketsOf(shape.hidden, width, alignment);
   const int64_t room = device.shared_memory - kOtherSharedMemory;
   const bool add = fused.fusion == Fusion::kAdd, rotary = fused.fusion == Fusion::kRotary;
-  const Ring ring{width * (SizeOf(x) + SizeOf(dy) + (add ? SizeOf(x) : 0)), alignment == Alignment::kRows,
-                  width, room};
+  const bool aligned = alignment == Alignment::kRows;
+  const int64_t element_bytes = SizeOf(x) * (add ? 2 : 1) + SizeOf(dy) * fused.gradients;
+  Ring ring{width * element_bytes, 16, aligned, width, room};
   LaunchConfig config;
   if (rotary) {
     config = RotaryLayout(shape.hidden, width, fused, kWarp);
-  } else if (alignment == Alignment::kRows || (alignment == Alignment::kTensors && x == dy && !add)) {
-    config = BackwardLayout(device, ring, packets);
+  } else if (aligned) {
+    config = BackwardLayout(device, ring, shape.hidden / width);
+  } else if (alignment == Alignment::kTensors && x == dy && !add) {
+    config = UnalignedBackwardLayout(device, &ring, shape.hidden);
   } else {
     config = Loop();
   }
-  config.aligned = ring.aligned;
-  config.width = config.scope == Scope::kLoop && !config.aligned ? 1 : width;
+  config.aligned = aligned;
+  config.width = config.scope == Scope::kLoop && !aligned ? 1 : ring.width;
   config.most_shared_memory = room;
 
   const bool lanes = config.scope == Scope::kLanes;
@@ -289,7 +306,7 @@ LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x
     config.method = Method::kFew;
     config.dependent = device.dependent_launch;
     config.block = few_threads;
-    config.tiles = partial_rows == 0 ? 0 : CeilDiv(packets, kTilePackets);
+    config.tiles = partial_rows == 0 ? 0 : CeilDiv(shape.hidden / width, kTilePackets);
     config.grid = config.tiles * shape.groups +
                   CeilDiv(shape.groups * shape.rows, config.block / config.threads_per_row);
     return config;

@@ -34,12 +34,14 @@ enum class Alignment : int32_t {
 constexpr int kMaxThreads = 512;  // a block, at up to 128 registers each
 
 constexpr int kLanesThreads =
-    384;  // a block of a persistent backward of several rows: the fastest on an H200
+    384;                          // a block of a persistent backward of several rows: the fastest on an H200
+constexpr int kFewThreads = 256;  // a block of a backward of few short rows
 constexpr int kFusedThreads = 256;  // a block of the fused forward kernels, at more registers each
 
-// Rows that a ring copies ahead of the one that is read, by scope and packets a thread: some 64 KiB an SM,
-// and less in a cluster, whose blocks wait for one another. More bytes in flight make the memory slower.
-constexpr int kRowsAhead[3][5] = {{0, 2, 2, 0, 1}, {0, 0, 2, 0, 1}, {0, 0, 1, 1, 1}};
+// Rows that a ring copies ahead of the one that is read, by scope and what a thread has of one, in units of
+// 16 bytes of the narrowest operand: some 64 KiB an SM, and less in a cluster, whose blocks wait for one
+// another. More bytes in flight make the memory slower.
+constexpr int kRowsAhead[3][5] = {{0, 2, 2, 2, 1}, {0, 0, 2, 0, 1}, {0, 0, 1, 1, 1}};
 
 // Shared memory for a row, which may begin and end within a packet of 16 bytes and is read one packet
 // further.
@@ -73,6 +75,7 @@ struct Fused {
   int64_t rotary_width = 0;
   int64_t heads = 1;
   bool interleaved = false;
+  int gradients = 1;  // of y, in a backward
 };
 
 struct LaunchConfig {
@@ -94,8 +97,9 @@ struct LaunchConfig {
   int64_t most_shared_memory = 0;  // that a launch may ask for: the same for all, see LaunchKernel
 };
 
-// `margin`: SMs to leave alone. The mapping of elements to threads depends on hidden, dtypes and alignment
-// only, never on the number of rows, the device or the margin: a row's bits are the same in every batch.
+// `margin`: SMs to leave alone. The mapping of elements to threads depends on hidden, dtypes, alignment and
+// the number of gradients only, never on the number of rows, the device or the margin: a row's bits are the
+// same in every batch.
 LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x, Alignment alignment,
                               int margin, const Fused& fused = {});
 

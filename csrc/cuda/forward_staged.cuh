@@ -32,7 +32,7 @@ __global__ __launch_bounds__(kMaxThreads, kAligned || sizeof(G) < 4 ? 3 : 2) voi
   const auto address = [&](int at) { return memory + at * static_cast<int>(sizeof(T)); };
   const auto read = [&](int at) {
     Packet<T, kSize> packet;
-    LoadShared16(address(at), packet.registers);
+    LoadShared<16>(address(at), packet.registers);
     return packet;
   };
 
@@ -47,15 +47,15 @@ __global__ __launch_bounds__(kMaxThreads, kAligned || sizeof(G) < 4 ? 3 : 2) voi
         Packet<T, kSize> packet;
         packet.Load(x + start + column);
         AddAddend(args, start + column, &packet);
-        StoreShared16(address(column), packet.registers);
+        StoreShared<16>(address(column), packet.registers);
       }
     } else {
 #pragma unroll 4
       for (int at = first; at < shift + hidden; at += step) {
         if (inside) {
-          CopyAsync16(address(at), x + base + at);
+          CopyAsync<16>(address(at), x + base + at);
         } else {
-          StoreShared16(address(at), Window<T, kSize>(x, base + at, elements).Load(0).registers);
+          StoreShared<16>(address(at), Window<T, kSize>(x, base + at, elements).Load(0).registers);
         }
       }
       CommitCopies();

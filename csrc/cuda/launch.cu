@@ -188,12 +188,14 @@ cudaError_t LaunchBackward(const BackwardArgs& args, int margin, cudaStream_t st
   Device device;
   cudaError_t error = CurrentDevice(&device);
   if (error != cudaSuccess) return error;
-  const bool tensors_aligned = Aligned(args.x) && Aligned(args.dx) && Aligned(args.dy) &&
+  const bool tensors_aligned = Aligned(args.x) && Aligned(args.dx) &&
+                               std::all_of(args.dy, args.dy + args.gradients, Aligned) &&
                                Aligned(args.gamma) && Aligned(args.dgamma) && Aligned(args.partials) &&
                                Aligned(args.dh) && Aligned(args.rotary.cos) && Aligned(args.rotary.sin);
   const int64_t size = std::min(SizeOf(args.x_dtype), SizeOf(args.dy_dtype));
   const Alignment alignment = AlignmentOf(tensors_aligned, shape.hidden, 16 / size);
-  const Fused fused{FusionOf(args), args.rotary.width, args.rotary.heads, args.rotary.interleaved};
+  const Fused fused{FusionOf(args), args.rotary.width, args.rotary.heads, args.rotary.interleaved,
+                    args.gradients};
   if (fused.fusion == Fusion::kRotary &&
       !(alignment == Alignment::kRows && CanRotate(shape, size, fused, true))) {
     return cudaErrorNotSupported;

@@ -182,17 +182,34 @@ __device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-__device__ __forceinline__ void LoadShared16(uint32_t address, uint32_t* to) {
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(address)
-               : "memory");
+// 4, 8 or 16 bytes to and from registers of 32 bits.
+template <int kBytes>
+__device__ __forceinline__ void LoadShared(uint32_t address, uint32_t* to) {
+  if constexpr (kBytes == 16) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(address)
+                 : "memory");
+  } else if constexpr (kBytes == 8) {
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(address) : "memory");
+  } else {
+    static_assert(kBytes == 4);
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(to[0]) : "r"(address) : "memory");
+  }
 }
 
-__device__ __forceinline__ void StoreShared16(uint32_t address, const uint32_t* from) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(from[0]), "r"(from[1]),
-               "r"(from[2]), "r"(from[3])
-               : "memory");
+template <int kBytes>
+__device__ __forceinline__ void StoreShared(uint32_t address, const uint32_t* from) {
+  if constexpr (kBytes == 16) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(from[0]), "r"(from[1]),
+                 "r"(from[2]), "r"(from[3])
+                 : "memory");
+  } else if constexpr (kBytes == 8) {
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(from[0]), "r"(from[1]) : "memory");
+  } else {
+    static_assert(kBytes == 4);
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(from[0]) : "memory");
+  }
 }
 
 __device__ __forceinline__ float LoadShared(uint32_t address) {
@@ -218,9 +235,15 @@ __device__ __forceinline__ void WaitForPrimary() {
 #endif
 }
 
-// Asynchronous copy of 16 bytes, global to shared memory, without a register in between.
-__device__ __forceinline__ void CopyAsync16(uint32_t shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(shared), "l"(global) : "memory");
+// Asynchronous copy of 4, 8 or 16 bytes, global to shared memory, without a register in between.
+template <int kBytes>
+__device__ __forceinline__ void CopyAsync(uint32_t shared, const void* global) {
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(shared), "l"(global) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;\n" ::"r"(shared), "l"(global), "n"(kBytes)
+                 : "memory");
+  }
 }
 
 __device__ __forceinline__ void CommitCopies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }

@@ -38,7 +38,7 @@ __device__ __forceinline__ float SumWarps(uint32_t from, int warps) {
 #pragma unroll 1
   for (int i = 0; i < warps; i += 4) {
     uint32_t four[4];
-    LoadShared16(from + i * sizeof(float), four);
+    LoadShared<16>(from + i * sizeof(float), four);
     value += (__uint_as_float(four[0]) + __uint_as_float(four[1])) +
              (__uint_as_float(four[2]) + __uint_as_float(four[3]));
   }

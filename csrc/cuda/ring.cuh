@@ -7,13 +7,13 @@
 
 namespace jax_rmsnorm {
 
-// One operand's packets. Each thread copies in what it will read, so that no barrier is needed, only a wait
+// One operand's packets, or those of several of one shape and dtype, whose rings lie some `offset` of bytes
+// behind the first one's. Each thread copies in what it will read, so that no barrier is needed, only a wait
 // for its own copies. In rows that are not aligned a thread also reads the packet after each of its own: that
 // of the next lane, and for the last lane of a run one that it copies in for itself alone.
 template <typename T, int kSize, bool kAligned>
 class PacketRing {
   using P = Packet<T, kSize>;
-  static_assert(P::kAccess == 16);
 
  public:
   // `total`: elements of the tensor.
@@ -26,8 +26,8 @@ class PacketRing {
       places += blockDim.x / run;
       last_of_run_ = threadIdx.x % run == run - 1;
     }
-    base_ = shared + place * 16;
-    stride_ = places * 16;
+    base_ = shared + place * P::kAccess;
+    stride_ = places * P::kAccess;
   }
 
   // Starts the copy of the elements from `first` on into a place of the ring. `inside`: all of them are the
@@ -35,20 +35,29 @@ class PacketRing {
   __device__ __forceinline__ void Copy(int place, int64_t first, bool inside) const {
     if (kAligned || inside) {
       CopyTo(At(place), tensor_ + first);
-      if (!kAligned && last_of_run_) CopyTo(At(place) + 16, tensor_ + first + kSize);
+      if (!kAligned && last_of_run_) CopyTo(At(place) + P::kAccess, tensor_ + first + kSize);
     } else {
       CopyEnd(At(place), first);
-      if (last_of_run_) CopyEnd(At(place) + 16, first + kSize);
+      if (last_of_run_) CopyEnd(At(place) + P::kAccess, first + kSize);
     }
   }
 
-  __device__ __forceinline__ P Read(int place) const { return ReadFrom(At(place)); }
-  __device__ __forceinline__ P ReadNext(int place) const { return ReadFrom(At(place) + 16); }
+  // Likewise of another tensor, of aligned rows.
+  __device__ __forceinline__ void CopyFrom(const void* tensor, int place, int64_t first,
+                                           uint32_t offset) const {
+    static_assert(kAligned);
+    CopyTo(At(place) + offset, static_cast<const T*>(tensor) + first);
+  }
+
+  __device__ __forceinline__ P Read(int place, uint32_t offset = 0) const {
+    return ReadFrom(At(place) + offset);
+  }
+  __device__ __forceinline__ P ReadNext(int place) const { return ReadFrom(At(place) + P::kAccess); }
 
   // For packets that nothing is copied to.
-  __device__ void Zero(int place) const {
+  __device__ void Zero(int place, uint32_t offset = 0) const {
     constexpr uint32_t kZeros[4] = {};
-    for (int a = 0; a < P::kAccesses; ++a) StoreShared16(At(place) + a * stride_, kZeros);
+    for (int a = 0; a < P::kAccesses; ++a) StoreShared<P::kAccess>(At(place) + offset + a * stride_, kZeros);
   }
 
   // That one place takes in a block's shared memory.
@@ -57,11 +66,11 @@ class PacketRing {
  private:
   __device__ __forceinline__ uint32_t At(int place) const { return base_ + place * P::kAccesses * stride_; }
 
-  static constexpr int kElements = 16 / sizeof(T);
+  static constexpr int kElements = P::kAccess / sizeof(T);
 
   __device__ __forceinline__ void CopyTo(uint32_t to, const T* from) const {
 #pragma unroll
-    for (int a = 0; a < P::kAccesses; ++a) CopyAsync16(to + a * stride_, from + a * kElements);
+    for (int a = 0; a < P::kAccesses; ++a) CopyAsync<P::kAccess>(to + a * stride_, from + a * kElements);
   }
 
   // Where the tensor ends within the packet. Not asynchronous, which the waits for the copies do not mind.
@@ -69,14 +78,16 @@ class PacketRing {
 #pragma unroll
     for (int a = 0; a < P::kAccesses; ++a) {
       const auto part = Window<T, kElements>(tensor_, first + a * kElements, total_).Load(0);
-      StoreShared16(to + a * stride_, part.registers);
+      StoreShared<P::kAccess>(to + a * stride_, part.registers);
     }
   }
 
   __device__ __forceinline__ P ReadFrom(uint32_t from) const {
     P packet;
 #pragma unroll
-    for (int a = 0; a < P::kAccesses; ++a, from += stride_) LoadShared16(from, packet.registers + 4 * a);
+    for (int a = 0; a < P::kAccesses; ++a, from += stride_) {
+      LoadShared<P::kAccess>(from, packet.registers + 4 * a);
+    }
     return packet;
   }
 
