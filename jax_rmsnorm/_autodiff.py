@@ -136,9 +136,21 @@ def _table_gradients(options, x, gamma, cos, sin, dy):
     return vjp(dy)
 
 
-rms_norm = jax.custom_vjp(_rms_norm, nondiff_argnums=(0, 1))
-rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd, symbolic_zeros=True)
-add_rms_norm = jax.custom_vjp(_add_rms_norm, nondiff_argnums=(0, 1, 2))
-add_rms_norm.defvjp(_add_rms_norm_fwd, _add_rms_norm_bwd, symbolic_zeros=True)
+def _with_vjp(f: Callable[..., Any], fwd: Any, bwd: Any, *, static: tuple[int, ...]) -> Any:
+    """``f`` with its derivative, which learns what gradients nobody asked for."""
+    differentiable = jax.custom_vjp(f, nondiff_argnums=static)
+    differentiable.defvjp(fwd, bwd, symbolic_zeros=True)
+    jitted = jax.jit(differentiable, static_argnums=static, inline=True)
+
+    def call(*arguments: Any) -> Any:
+        # A `jax.shard_map` that is not itself within `jax.jit` does not take a custom_vjp with symbolic zeros.
+        in_shard_map = jax.sharding.get_abstract_mesh().manual_axes
+        return jitted(*arguments) if in_shard_map else differentiable(*arguments)
+
+    return call
+
+
+rms_norm = _with_vjp(_rms_norm, _rms_norm_fwd, _rms_norm_bwd, static=(0, 1))
+add_rms_norm = _with_vjp(_add_rms_norm, _add_rms_norm_fwd, _add_rms_norm_bwd, static=(0, 1, 2))
 rms_norm_rope = jax.custom_vjp(_rms_norm_rope, nondiff_argnums=(0,))
 rms_norm_rope.defvjp(_rms_norm_rope_fwd, _rms_norm_rope_bwd)

@@ -30,7 +30,10 @@ class Result:
     dgamma_terms: np.ndarray
 
 
-def rms_norm(x, gamma, dy, *, eps=1e-5, zero_centered_gamma=False, rounding="once") -> Result:
+def rms_norm(
+    x, gamma, dy, *, eps=1e-5, zero_centered_gamma=False, rounding="once", dy_terms=None
+) -> Result:
+    """With ``dy_terms``, of dy's shape, where dy is a sum: the sum of the magnitudes of its terms."""
     dtype = np.asarray(x).dtype
     x64, dy64 = to64(x), to64(dy)
     g64 = np.ones(x64.shape[-1]) if gamma is None else to64(gamma) + zero_centered_gamma
@@ -40,14 +43,16 @@ def rms_norm(x, gamma, dy, *, eps=1e-5, zero_centered_gamma=False, rounding="onc
     dn = dy64 * g64
     c = np.mean(dn * normalized, axis=-1, keepdims=True)
     rows = tuple(range(x64.ndim - 1))
-    c_terms = np.mean(np.abs(dn * normalized), axis=-1, keepdims=True)
+    dy_terms = np.abs(dy64) if dy_terms is None else dy_terms
+    dn_terms = dy_terms * np.abs(g64)
+    c_terms = np.mean(dn_terms * np.abs(normalized), axis=-1, keepdims=True)
     return Result(
         y=rounded * g64,
         rrms=rrms[..., 0],
         dx=rrms * (dn - normalized * c),
         dgamma=np.sum(dy64 * rounded, axis=rows),
-        dx_terms=rrms * (np.abs(dn) + np.abs(normalized) * c_terms),
-        dgamma_terms=np.sum(np.abs(dy64 * rounded), axis=rows),
+        dx_terms=rrms * (dn_terms + np.abs(normalized) * c_terms),
+        dgamma_terms=np.sum(dy_terms * np.abs(rounded), axis=rows),
     )
 
 

@@ -26,20 +26,24 @@ def call(target, operands, results, attributes):
     return [np.asarray(array) for array in out]
 
 
+def with_gradients(gradients: int):
+    return {**ARITHMETIC, "gradients": np.int64(gradients)}
+
+
 def forward(operands, results, **attributes):
     return call(_ffi.FORWARD, operands, results, {"eps": np.float32(0), **ARITHMETIC, **attributes})
 
 
-def backward(operands, results, **attributes):
-    return call(_ffi.BACKWARD, operands, results, {**ARITHMETIC, **attributes})
+def backward(operands, results, gradients=1):
+    return call(_ffi.BACKWARD, operands, results, with_gradients(gradients))
 
 
 def add_forward(operands, results):
     return call(_ffi.ADD_FORWARD, operands, results, {"eps": np.float32(0), **ARITHMETIC})
 
 
-def add_backward(operands, results):
-    return call(_ffi.ADD_BACKWARD, operands, results, ARITHMETIC)
+def add_backward(operands, results, gradients=1):
+    return call(_ffi.ADD_BACKWARD, operands, results, with_gradients(gradients))
 
 
 def rotary(heads: int, interleaved: bool):
@@ -82,6 +86,18 @@ def test_right_calls_with_a_sum():
     assert np.all(dx == 1)
     assert np.all(dgamma == 6)
     assert np.all(add_backward([X, ROWS, X, X], [X])[0] == 1)
+
+
+@pytest.mark.parametrize("gradients", [1, 2, 3, 4])
+def test_right_calls_with_several_gradients(gradients):
+    dys = [(BF16, 2, 3, 8)] * gradients
+    dx, dgamma, _ = backward([X, ROWS, *dys, GAMMA], [X, GAMMA, PARTIALS], gradients)
+    assert np.all(dx == 0)
+    assert np.all(dgamma == 6 * gradients)
+    dx, dgamma, _ = add_backward([X, ROWS, X, *dys, GAMMA], [X, GAMMA, PARTIALS], gradients)
+    assert np.all(dx == 1)
+    assert np.all(dgamma == 6 * gradients)
+    assert np.all(add_backward([X, ROWS, X, *dys], [X], gradients)[0] == 1)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -164,7 +180,9 @@ BACKWARD_ERRORS = [
     ([X, ROWS, X, GAMMA], [X, GAMMA, (F32, 32)], "partials must be"),
     ([X, ROWS, X, GAMMA], [X, GAMMA, (F32, 0, 8)], "partials must be"),
     ([X, ROWS, X, GAMMA], [X, GAMMA, (F32, 4, 7)], "partials has 28 elements, expected 32"),
-    ([X, ROWS], [X], "arguments"),
+    ([X, ROWS], [X], "expected 1 dy as the last operands, and gamma or none, got 0 operands"),
+    ([X, ROWS, X, GAMMA, GAMMA], [X, GAMMA, PARTIALS], "expected 1 dy .* got 3 operands"),
+    ([X], [X], "arguments"),
 ]
 ADD_FORWARD_ERRORS = [
     ([X, (F32, 2, 3, 7)], [X, X], "addend has 42 elements, expected 48"),
@@ -180,13 +198,28 @@ ADD_FORWARD_ERRORS = [
     ([X, X], [X], "results"),
 ]
 ADD_BACKWARD_ERRORS = [
-    ([X, ROWS, X, (F32, 1, 3, 8)], [X], "dh has 24 elements, expected 48"),
-    ([X, ROWS, X, (BF16, 2, 3, 8)], [X], "dh must have h's dtype"),
-    ([X, ROWS, X, (jnp.int32, 2, 3, 8)], [X], "dh must be float32, bfloat16 or float16"),
-    ([X, ROWS, (F32, 1, 3, 8), X], [X], "dy has 24 elements, expected 48"),
+    ([X, ROWS, (F32, 1, 3, 8), X], [X], "dh has 24 elements, expected 48"),
+    ([X, ROWS, (BF16, 2, 3, 8), X], [X], "dh must have h's dtype"),
+    ([X, ROWS, (jnp.int32, 2, 3, 8), X], [X], "dh must be float32, bfloat16 or float16"),
+    ([X, ROWS, X, (F32, 1, 3, 8)], [X], "dy has 24 elements, expected 48"),
     ([X, (F32, 5), X, X], [X], "rrms has 5 elements, expected 6"),
     ([X, ROWS, X, X, GAMMA], [X], "with gamma, backward also returns dgamma and partials"),
-    ([X, ROWS, X], [X], "arguments"),
+    ([X, ROWS, X], [X], "expected 1 dy as the last operands, and gamma or none, got 0 operands"),
+    ([X, ROWS], [X], "arguments"),
+]
+# Of the gradients of y, behind x and rrms (with a sum, h, rrms and dh).
+GRADIENTS_ERRORS = [
+    (2, [X], "expected 2 dy as the last operands, and gamma or none, got 1 operands"),
+    (2, [X, X, GAMMA, GAMMA], "expected 2 dy .* got 4 operands"),
+    (1, [X, X], "dgamma has 8 elements, expected 48"),
+    (3, [X, X, GAMMA], "dy has 8 elements, expected 48"),
+    (2, [X, (F32, 2, 3, 7)], "dy has 42 elements, expected 48"),
+    (2, [X, (BF16, 2, 3, 8)], "all dy must be of one dtype"),
+    (2, [X, (jnp.int32, 2, 3, 8)], "dy must be float32, bfloat16 or float16"),
+    (5, [X] * 5, "gradients must be from 1 to 4, got 5"),
+    (0, [GAMMA], "gradients must be from 1 to 4, got 0"),
+    (-1, [], "gradients must be from 1 to 4, got -1"),
+    (2**40, [X], "gradients must be from 1 to 4, got 1099511627776"),
 ]
 # Of cos and sin; x, gamma, y and the gradients are decoded as without them.
 ROTARY_ERRORS = [
@@ -228,6 +261,15 @@ def test_add_forward_refuses(operands, results, message):
 def test_add_backward_refuses(operands, results, message):
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
         add_backward(operands, results)
+
+
+@pytest.mark.parametrize(("gradients", "rest", "message"), GRADIENTS_ERRORS)
+def test_gradients_are_counted(gradients, rest, message):
+    results = [X, GAMMA, PARTIALS]
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        backward([X, ROWS, *rest], results, gradients)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        add_backward([X, ROWS, X, *rest], results, gradients)
 
 
 @pytest.mark.parametrize(("cos", "sin", "heads", "message"), ROTARY_ERRORS)
