@@ -100,10 +100,12 @@ def test_joint_projections_and_remat_train_alike_too(monkeypatch, tmp_path, caps
 
 def test_a_norm_whose_gamma_gets_no_gradient_fails_the_run(monkeypatch, capsys):
     right = NORMS["fused"]
-    wrong = right._replace(norm=lambda x, gamma: right.norm(x, jax.lax.stop_gradient(gamma)))
+    wrong = right._replace(
+        norm=lambda x, gamma, copies: right.norm(x, jax.lax.stop_gradient(gamma), copies)
+    )
     wrong = wrong._replace(
-        add_norm=lambda x, residual, gamma: right.add_norm(
-            x, residual, jax.lax.stop_gradient(gamma)
+        add_norm=lambda x, residual, gamma, copies: right.add_norm(
+            x, residual, jax.lax.stop_gradient(gamma), copies
         )
     )
     monkeypatch.setitem(step_session.NORMS, "fused", wrong)
@@ -157,8 +159,8 @@ def test_separate_and_joint_projections_are_the_same_products():
     first, second = (jax.random.normal(jax.random.key(n), (8, 2 + n)) for n in (1, 2))
     joint = [jnp.concatenate([first, second], axis=1)]
     for got, expected in zip(
-        step_model._project(x, joint, [3, 4]),
-        step_model._project(x, [first, second], [3, 4]),
+        step_model._project((x,), joint, [3, 4]),
+        step_model._project((x, x), [first, second], [3, 4]),
         strict=True,
     ):
         assert got.shape == expected.shape

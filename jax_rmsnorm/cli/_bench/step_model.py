@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from .step_config import Config
-from .step_norms import Norms
+from .step_norms import Copies, Norms
 
 _DTYPE = jnp.bfloat16
 _ROTARY_BASE = 1e6
@@ -62,7 +62,7 @@ def _logits(params: Params, data: Data, config: Config, norms: Norms) -> jax.Arr
             stream = jax.checkpoint(_whole(layer))(parameters, stream)
         else:
             stream, addend = layer(parameters, stream, addend)
-    y, _ = _enter(norms, stream, addend, params.gamma)
+    (y,), _ = _enter(norms, stream, addend, params.gamma, 1)
     return _matmul(y, params.head).astype(jnp.float32)
 
 
@@ -79,19 +79,19 @@ def _layer(
 
     Takes and returns the stream and what is yet to be added to it, both [batch, seq, d_model].
     """
-    y, stream = _enter(norms, stream, addend, parameters.attention_gamma)
-    addend = _attention(parameters, y, data, config, norms)
-    y, stream = norms.add_norm(addend, stream, parameters.mlp_gamma)
-    gate, up = _project(y, parameters.gate_up, 2 * [config.d_ff])
+    ys, stream = _enter(norms, stream, addend, parameters.attention_gamma, len(parameters.qkv))
+    addend = _attention(parameters, ys, data, config, norms)
+    ys, stream = norms.add_norm(addend, stream, parameters.mlp_gamma, len(parameters.gate_up))
+    gate, up = _project(ys, parameters.gate_up, 2 * [config.d_ff])
     return stream, _matmul(jax.nn.silu(gate) * up, parameters.down)
 
 
 def _enter(
-    norms: Norms, stream: jax.Array, addend: jax.Array | None, gamma: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    norms: Norms, stream: jax.Array, addend: jax.Array | None, gamma: jax.Array, copies: int
+) -> tuple[Copies, jax.Array]:
     if addend is None:
-        return norms.norm(stream, gamma), stream
-    return norms.add_norm(addend, stream, gamma)
+        return norms.norm(stream, gamma, copies), stream
+    return norms.add_norm(addend, stream, gamma, copies)
 
 
 def _whole(
@@ -107,12 +107,12 @@ def _whole(
 
 
 def _attention(
-    parameters: Layer, y: jax.Array, data: Data, config: Config, norms: Norms
+    parameters: Layer, ys: Copies, data: Data, config: Config, norms: Norms
 ) -> jax.Array:
     counts = [config.heads, config.kv_heads, config.kv_heads]
-    projected = _project(y, parameters.qkv, [count * config.head_dim for count in counts])
+    projected = _project(ys, parameters.qkv, [count * config.head_dim for count in counts])
     query, key, value = (
-        part.reshape(*y.shape[:2], count, config.head_dim)
+        part.reshape(*part.shape[:2], count, config.head_dim)
         for part, count in zip(projected, counts, strict=True)
     )
     query = norms.norm_rope(query, parameters.query_gamma, data.cos, data.sin)
@@ -124,12 +124,12 @@ def _attention(
         is_causal=True,
         implementation="cudnn" if jax.default_backend() == "gpu" else "xla",
     )
-    return _matmul(mixed.reshape(*y.shape[:2], -1), parameters.out)
+    return _matmul(mixed.reshape(*mixed.shape[:2], -1), parameters.out)
 
 
-def _project(y: jax.Array, matrices: list[jax.Array], sizes: Sequence[int]) -> list[jax.Array]:
-    """y times each matrix; or times the one, the result cut into ``sizes``."""
-    parts = [_matmul(y, matrix) for matrix in matrices]
+def _project(ys: Copies, matrices: list[jax.Array], sizes: Sequence[int]) -> list[jax.Array]:
+    """A y times each matrix; or the one times the one, the result cut into ``sizes``."""
+    parts = [_matmul(y, matrix) for y, matrix in zip(ys, matrices, strict=True)]
     return parts if len(parts) > 1 else jnp.split(parts[0], np.cumsum(sizes[:-1]), axis=-1)
 
 

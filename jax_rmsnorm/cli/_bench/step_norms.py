@@ -1,10 +1,13 @@
-"""The norms of a decoder and what stands next to them: without the kernels, with them, and with them fused."""
+"""The norms of a decoder and what stands next to them: without the kernels, with them, and with them fused.
+
+Fused, the gradients of what reads a norm are added up by its backward too; plain JAX adds them up beside it.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +21,21 @@ SCOPE = "rms_norm"  # marks the norm's own operations, so that they are found ag
 _scoped = jax.named_scope(SCOPE)
 
 
+Copies: TypeAlias = tuple[jax.Array, ...]
+
+
 class Norms(NamedTuple):
     """What a decoder asks for; every x may be of any leading shape, every gamma is float32 [size of x's last axis].
 
     Attributes:
-        norm: (x, gamma) to the norm of x.
-        add_norm: (x, residual, gamma) to the norm of their sum, and the sum.
+        norm: (x, gamma, copies) to the norm of x, as often as there are products that read it.
+        add_norm: (x, residual, gamma, copies) to the norm of their sum, likewise, and the sum.
         norm_rope: (x [batch, seq, heads, head_dim], gamma, cos [seq, head_dim / 2], sin) to the norm of each head,
             with the rotary embedding.
     """
 
-    norm: Callable[[jax.Array, jax.Array], jax.Array]
-    add_norm: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+    norm: Callable[[jax.Array, jax.Array, int], Copies]
+    add_norm: Callable[[jax.Array, jax.Array, jax.Array, int], tuple[Copies, jax.Array]]
     norm_rope: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -45,24 +51,39 @@ def _beside(norm: Callable[[jax.Array, jax.Array], jax.Array]) -> Norms:
     """A norm with the additions and the rotary embedding in plain JAX next to it."""
     norm = _scoped(norm)
 
+    def norm_copies(x: jax.Array, gamma: jax.Array, copies: int) -> Copies:
+        return (norm(x, gamma),) * copies
+
     def add_norm(
-        x: jax.Array, residual: jax.Array, gamma: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+        x: jax.Array, residual: jax.Array, gamma: jax.Array, copies: int
+    ) -> tuple[Copies, jax.Array]:
         h = x + residual
-        return norm(h, gamma), h
+        return norm_copies(h, gamma, copies), h
 
     def norm_rope(x: jax.Array, gamma: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         return rotate(norm(x, gamma), cos, sin)
 
-    return Norms(norm, add_norm, norm_rope)
+    return Norms(norm_copies, add_norm, norm_rope)
+
+
+@_scoped
+def _norm(x: jax.Array, gamma: jax.Array, copies: int) -> Copies:
+    return jax_rmsnorm.rms_norm(x, gamma, copies=copies, eps=EPS)
+
+
+@_scoped
+def _add_norm(
+    x: jax.Array, residual: jax.Array, gamma: jax.Array, copies: int
+) -> tuple[Copies, jax.Array]:
+    return jax_rmsnorm.add_rms_norm(x, residual, gamma, copies=copies, eps=EPS)
 
 
 NORMS: Mapping[str, Norms] = {
     "jnp": _beside(lambda x, gamma: plain_norm(x, gamma, EPS)[0]),
     "unfused": _beside(functools.partial(jax_rmsnorm.rms_norm, eps=EPS)),
     "fused": Norms(
-        norm=_scoped(functools.partial(jax_rmsnorm.rms_norm, eps=EPS)),
-        add_norm=_scoped(functools.partial(jax_rmsnorm.add_rms_norm, eps=EPS)),
+        norm=_norm,
+        add_norm=_add_norm,
         norm_rope=_scoped(functools.partial(jax_rmsnorm.rms_norm_rope, eps=EPS)),
     ),
     "identity": _beside(lambda x, gamma: x),
