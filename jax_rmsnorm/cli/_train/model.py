@@ -40,18 +40,24 @@ class Attention(nnx.Module):
     def __init__(
         self, config: Config, implementation: AttentionImplementation, *, rngs: nnx.Rngs
     ) -> None:
-        self.heads, self.kv_heads = config.heads, config.kv_heads
+        self.head_dim = config.head_dim
         self.implementation: AttentionImplementation = implementation
-        projected = (config.heads + 2 * config.kv_heads) * config.head_dim
-        self.qkv = _linear(config, config.d_model, projected, rngs=rngs)
+        kv_width = config.kv_heads * config.head_dim
+        self.query = _linear(config, config.d_model, config.heads * config.head_dim, rngs=rngs)
+        self.key = _linear(config, config.d_model, kv_width, rngs=rngs)
+        self.value = _linear(config, config.d_model, kv_width, rngs=rngs)
         self.query_norm = _norm(config, config.head_dim, rngs=rngs)
         self.key_norm = _norm(config, config.head_dim, rngs=rngs)
         self.out = _residual_linear(config, config.d_model, rngs=rngs)
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-        batch, length, d_model = x.shape
-        qkv = self.qkv(x).reshape(batch, length, self.heads + 2 * self.kv_heads, -1)
-        query, key, value = jnp.split(qkv, [self.heads, self.heads + self.kv_heads], axis=2)
+    def __call__(self, copies: tuple[jax.Array, ...], cos: jax.Array, sin: jax.Array) -> jax.Array:
+        """``copies`` are three of one input, so that the norm behind them gets three gradients: see `rms_norm`."""
+        batch, length, d_model = copies[0].shape
+        products = (self.query, self.key, self.value)
+        query, key, value = (
+            product(x).reshape(batch, length, -1, self.head_dim)
+            for product, x in zip(products, copies, strict=True)
+        )
         query = normalize_and_rotate(self.query_norm, query, cos, sin)
         key = normalize_and_rotate(self.key_norm, key, cos, sin)
         mixed = jax.nn.dot_product_attention(
@@ -61,15 +67,16 @@ class Attention(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
-    """down(silu(gate(x)) · up(x)), gate and up in one product."""
+    """down(silu(gate(x)) · up(x)), of two copies of one x."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs) -> None:
-        self.gate_up = _linear(config, config.d_model, 2 * config.mlp_dim, rngs=rngs)
+        self.gate = _linear(config, config.d_model, config.mlp_dim, rngs=rngs)
+        self.up = _linear(config, config.d_model, config.mlp_dim, rngs=rngs)
         self.down = _residual_linear(config, config.mlp_dim, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(nnx.silu(gate) * up)
+    def __call__(self, copies: tuple[jax.Array, ...]) -> jax.Array:
+        for_gate, for_up = copies
+        return self.down(nnx.silu(self.gate(for_gate)) * self.up(for_up))
 
 
 class Block(nnx.Module):
@@ -91,11 +98,12 @@ class Block(nnx.Module):
         self, stream: jax.Array | None, addend: jax.Array, cos: jax.Array, sin: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         if stream is None:
-            x, stream = self.attention_norm(addend), addend
+            copies, stream = self.attention_norm(addend, copies=3), addend
         else:
-            x, stream = self.attention_norm(addend, residual=stream)
-        x, stream = self.mlp_norm(self.attention(x, cos, sin), residual=stream)
-        return stream, self.mlp(x)
+            copies, stream = self.attention_norm(addend, residual=stream, copies=3)
+        addend = self.attention(copies, cos, sin)
+        copies, stream = self.mlp_norm(addend, residual=stream, copies=2)
+        return stream, self.mlp(copies)
 
 
 class Decoder(nnx.Module):
