@@ -181,7 +181,7 @@ auto FindForward(const LaunchConfig& config, const ForwardArgs& args) -> void (*
   }
   if (config.method == Method::kRing) return FindForwardRing<T>(config);
   if (config.method == Method::kStaged) return FindForwardStaged<T, G>(config);
-  if (FusionOf(args) == Fusion::kRotary) return FindForwardRotary<T, G>(config);
+  if (FusionOf(args) == Fusion::kRotary) return FindForwardRotary<T, G>(config, args.rotary.interleaved);
   if (FusionOf(args) == Fusion::kAdd) return FindForwardAdd<T, G>(config, args.addend_dtype);
   if (config.width == kSize) return FindForwardPlain<T, G, void, kSize>(config);
   if (config.width == kSize / 2) return FindForwardPlain<T, G, void, kSize / 2>(config);

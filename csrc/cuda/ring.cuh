@@ -1,4 +1,5 @@
-// Rows on their way: a ring of packets in shared memory, filled by asynchronous copies.
+// Rows on their way to a persistent block: which ones, and a ring of packets in shared memory, filled by
+// asynchronous copies.
 #pragma once
 
 #include "config.h"
@@ -6,6 +7,27 @@
 #include "unaligned.cuh"
 
 namespace jax_rmsnorm {
+
+// The rows of a persistent block (or cluster), which it takes in turns: of each group that it works on a run
+// of rows, one or `kRows` for each of its slots, then the run blocks_per_group runs further, and so on. All
+// slots make the same number of turns; one that has no row left only takes part in the sums.
+template <int kRows = 1>
+struct Turns {
+  // `item`: the group and the block's number there, as one number.
+  __device__ Turns(const Shape& shape, int64_t blocks_per_group, int64_t item, int slots, int slot)
+      : group(item / blocks_per_group), block(item % blocks_per_group) {
+    const int64_t run = static_cast<int64_t>(slots) * kRows;
+    const int64_t first = block * run, mine = first + slot * kRows;
+    step = blocks_per_group * run;
+    all = static_cast<int>(first < shape.rows ? (shape.rows - first + step - 1) / step : 0);
+    own = static_cast<int>(mine < shape.rows ? (shape.rows - mine + step - 1) / step : 0);
+    row = group * shape.rows + mine;
+  }
+
+  int64_t group, block;
+  int64_t row, step;  // the slot's first row, counted through all groups, and from there to its next ones
+  int all, own;       // turns of the block, and those of them in which the slot has a row
+};
 
 // One operand's packets, or those of several of one shape and dtype, whose rings lie some `offset` of bytes
 // behind the first one's. Each thread copies in what it will read, so that no barrier is needed, only a wait
