@@ -86,19 +86,25 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
     int64_t start = turns.row * hidden;
     // Copies a unit of the row at element `begin`, from packet `unit` on, to the ring's row at place `at`.
     const auto copy = [&](int at, int unit, int64_t begin, bool inside) {
-      const int shift = shift_of(begin);
 #pragma unroll
       for (int k = unit; k < unit + kUnit; ++k) {
-        if (!inside || column[k] - shift >= hidden) continue;
-        const bool whole = begin + hidden + 2 * kSize <= elements;
-        x_ring.Copy(at + k, begin + column[k] - shift, whole);
-        dy_ring.Copy(at + k, begin + column[k] - shift, whole);
+        const int shift = shift_of(begin);
+        const int64_t first = begin + column[k] - shift;
+        const bool copied = inside && column[k] - shift < hidden;
+        if constexpr (kAligned) {
+          x_ring.Copy(at + k, first, copied);
+          dy_ring.Copy(at + k, first, copied);
+        } else if (copied) {
+          const bool whole = begin + hidden + 2 * kSize <= elements;
+          x_ring.CopyUnaligned(at + k, first, whole);
+          dy_ring.CopyUnaligned(at + k, first, whole);
+        }
         if constexpr (kAdd) {
-          if (args.dh != nullptr) dh_ring.Copy(at + k, begin + column[k], true);
+          if (args.dh != nullptr) dh_ring.Copy(at + k, first, copied);
 #pragma unroll
           for (int g = 1; g < kMostGradients; ++g) {
             if (g >= args.gradients) break;
-            dy_ring.CopyFrom(args.dy[g], at + k, begin + column[k], gradient(g));
+            dy_ring.CopyFrom(args.dy[g], at + k, first, copied, gradient(g));
           }
         }
       }
@@ -119,14 +125,7 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
     for (int k = 0; k < kPackets; ++k) {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) gamma[k][i] = dgamma[k][i] = 0.0f;
-      if (column[k] < hidden) {
-        LoadGamma<kAligned>(args, gamma_start, column[k], gamma[k]);
-      } else if (kAligned) {  // nothing is copied there
-        for (int to = k; to < kPlaces; to += kPackets) {
-          x_ring.Zero(to);
-          for (int g = 0; g < (kAdd ? args.gradients : 1); ++g) dy_ring.Zero(to, g == 0 ? 0 : gradient(g));
-        }
-      }
+      if (column[k] < hidden) LoadGamma<kAligned>(args, gamma_start, column[k], gamma[k]);
       if constexpr (!kAligned) {
         ZeroBeyond(hidden, column[k], gamma[k]);
         float before[kSize] = {};
@@ -154,7 +153,7 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
             copy(to, k, start + kAhead * row_step, t + kAhead < turns.own);
           }
           if constexpr (!kAligned) __syncwarp();  // for the copies of the next lane
-          if (t >= turns.own) continue;
+          if (!kAligned && t >= turns.own) continue;
           float x[kSize], dy[kSize];
           if constexpr (kAligned) {
             x_ring.Read(from + k).Get(x);
@@ -192,7 +191,7 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
               }
               Packet<T, kSize> packet;
               packet.Set(dx);
-              if (first_column < hidden) packet.Store(dx_at);
+              packet.Store(dx_at, first_column < hidden);
             } else {
               float gamma_here[kSize];
               table.Read(k, shift, gamma_here);

@@ -63,14 +63,15 @@ __device__ __forceinline__ void AddPacket(const Packet<T, kSize>& packet, float 
   for (int i = 0; i < kSize; ++i) values[i] += more[i];
 }
 
-// dy += the gradients of y beyond the first, at the kSize columns from element `at` on.
+// dy += the gradients of y beyond the first, at the kSize columns from element `at` on, if `inside`.
 template <typename D, int kSize>
-__device__ __forceinline__ void AddGradients(const BackwardArgs& args, int64_t at, float (&dy)[kSize]) {
+__device__ __forceinline__ void AddGradients(const BackwardArgs& args, int64_t at, bool inside,
+                                             float (&dy)[kSize]) {
 #pragma unroll
   for (int g = 1; g < kMostGradients; ++g) {
     if (g >= args.gradients) return;
     Packet<D, kSize> packet;
-    packet.Load(static_cast<const D*>(args.dy[g]) + at);
+    packet.Load(static_cast<const D*>(args.dy[g]) + at, inside);
     AddPacket(packet, dy);
   }
 }

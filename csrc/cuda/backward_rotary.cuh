@@ -53,9 +53,9 @@ __global__ __launch_bounds__(kLanesThreads,
       for (int r = 0; r < kRows; ++r) {
 #pragma unroll
         for (int k = 0; k < kPackets; ++k) {
-          if (!inside || column[k] >= hidden) continue;
-          x_ring.Copy(at + r * kPackets + k, begin + r * hidden + column[k], true);
-          dy_ring.Copy(at + r * kPackets + k, begin + r * hidden + column[k], true);
+          const bool copied = inside && column[k] < hidden;
+          x_ring.Copy(at + r * kPackets + k, begin + r * hidden + column[k], copied);
+          dy_ring.Copy(at + r * kPackets + k, begin + r * hidden + column[k], copied);
         }
       }
       CommitCopies();
@@ -108,10 +108,9 @@ __global__ __launch_bounds__(kLanesThreads,
 
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        float x[kPackets][kSize] = {}, dy[kPackets][kSize] = {};
+        float x[kPackets][kSize], dy[kPackets][kSize];
 #pragma unroll
         for (int k = 0; k < kPackets; ++k) {
-          if (!live || column[k] >= hidden) continue;
           x_ring.Read(from + r * kPackets + k).Get(x[k]);
           dy_ring.Read(from + r * kPackets + k).Get(dy[k]);
           if constexpr (kInterleaved) {
@@ -129,12 +128,11 @@ __global__ __launch_bounds__(kLanesThreads,
         const float slope = Slope(rrms[r], SumLanes(sum, threads) * params.inverse_hidden);
 #pragma unroll
         for (int k = 0; k < kPackets; ++k) {
-          if (!live || column[k] >= hidden) continue;
           float dx[kSize];
           Differentiate(x[k], dy[k], gamma[k], rrms[r], slope, dx);
           Packet<T, kSize> packet;
           packet.Set(dx);
-          packet.Store(static_cast<T*>(args.dx) + start + r * hidden + column[k]);
+          packet.Store(static_cast<T*>(args.dx) + start + r * hidden + column[k], live && column[k] < hidden);
         }
       }
       row += turns.step;

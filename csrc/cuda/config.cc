@@ -234,8 +234,11 @@ int ResidentBlocks(const Device& device, int cluster, int margin) {
 
 LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x, Alignment alignment,
                               int margin, const Fused& fused) {
-  // Packets of a row that a block of ForwardKernel can have and be no more than a quarter of an SM.
+  // Packets of a row that a block of ForwardKernel can have and be no more than a quarter of an SM. Where
+  // there are no more rows than SMs, longer ones have an SM each, and the same bits without the way through
+  // shared memory.
   constexpr int64_t kMostPackets = 1024;
+  const bool an_sm_each = shape.groups * shape.rows <= UsableSMs(device, margin);
   constexpr int kRotaryBlock = 128;
   const auto width = static_cast<int>(16 / SizeOf(x));
   const int64_t room = device.shared_memory - kOtherSharedMemory;
@@ -251,7 +254,7 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
     const bool one_block = config.scope == Scope::kLanes || config.scope == Scope::kBlock;
     if (config.scope == Scope::kCluster || (one_block && margin > 0)) {
       ring.Fill(&config, kMaxThreads);
-    } else if (one_block && shape.hidden / width > kMostPackets) {
+    } else if (one_block && shape.hidden / width > kMostPackets && !an_sm_each) {
       config = Staged(shape.hidden, width, x);
     }
   } else if (alignment == Alignment::kTensors) {

@@ -48,7 +48,7 @@ __global__ __launch_bounds__(kMaxThreads,
     int64_t start = row * hidden;
     // Copies packet k of the row at element `begin` to the ring's row that starts at place `at`.
     const auto copy = [&](int at, int k, int64_t begin, bool inside) {
-      if (inside && column[k] < hidden) ring.Copy(at + k, begin + column[k], true);
+      ring.Copy(at + k, begin + column[k], inside && column[k] < hidden);
       CommitCopies();
     };
 #pragma unroll
@@ -62,11 +62,7 @@ __global__ __launch_bounds__(kMaxThreads,
     for (int k = 0; k < kPackets; ++k) {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) gamma[k][i] = 0.0f;
-      if (column[k] < hidden) {
-        LoadGamma<true>(args, turns.group * hidden, column[k], gamma[k]);
-      } else {  // nothing is copied there
-        for (int to = k; to < kPlaces; to += kPackets) ring.Zero(to);
-      }
+      if (column[k] < hidden) LoadGamma<true>(args, turns.group * hidden, column[k], gamma[k]);
     }
 
     // The ring's places of the rows of this turn and of the last one, and of the row to be copied.
@@ -79,7 +75,6 @@ __global__ __launch_bounds__(kMaxThreads,
         for (int k = 0; k < kPackets; ++k) {
           WaitCopies<kAhead * kPackets - 1>();
           copy(to, k, start + kAhead * row_step, t + kAhead < turns.own);
-          if (t >= turns.own) continue;
           float x[kSize];
           ring.Read(from + k).Get(x);
           sum += SumOfSquares(x);

@@ -52,35 +52,35 @@ class PacketRing {
     stride_ = places * P::kAccess;
   }
 
-  // Starts the copy of the elements from `first` on into a place of the ring. `inside`: all of them are the
-  // tensor's, and so are those of the next packet.
+  // Starts the copy of the elements from `first` on into a place of the ring; of zeros if not `inside`.
   __device__ __forceinline__ void Copy(int place, int64_t first, bool inside) const {
-    if (kAligned || inside) {
-      CopyTo(At(place), tensor_ + first);
-      if (!kAligned && last_of_run_) CopyTo(At(place) + P::kAccess, tensor_ + first + kSize);
+    static_assert(kAligned);
+    CopyTo(At(place), tensor_ + first, inside);
+  }
+
+  // Likewise of another tensor.
+  __device__ __forceinline__ void CopyFrom(const void* tensor, int place, int64_t first, bool inside,
+                                           uint32_t offset) const {
+    static_assert(kAligned);
+    CopyTo(At(place) + offset, static_cast<const T*>(tensor) + first, inside);
+  }
+
+  // Of rows that are not aligned. `whole`: all of the elements are the tensor's, and so are those of the next
+  // packet.
+  __device__ __forceinline__ void CopyUnaligned(int place, int64_t first, bool whole) const {
+    if (whole) {
+      CopyTo(At(place), tensor_ + first, true);
+      if (last_of_run_) CopyTo(At(place) + P::kAccess, tensor_ + first + kSize, true);
     } else {
       CopyEnd(At(place), first);
       if (last_of_run_) CopyEnd(At(place) + P::kAccess, first + kSize);
     }
   }
 
-  // Likewise of another tensor, of aligned rows.
-  __device__ __forceinline__ void CopyFrom(const void* tensor, int place, int64_t first,
-                                           uint32_t offset) const {
-    static_assert(kAligned);
-    CopyTo(At(place) + offset, static_cast<const T*>(tensor) + first);
-  }
-
   __device__ __forceinline__ P Read(int place, uint32_t offset = 0) const {
     return ReadFrom(At(place) + offset);
   }
   __device__ __forceinline__ P ReadNext(int place) const { return ReadFrom(At(place) + P::kAccess); }
-
-  // For packets that nothing is copied to.
-  __device__ void Zero(int place, uint32_t offset = 0) const {
-    constexpr uint32_t kZeros[4] = {};
-    for (int a = 0; a < P::kAccesses; ++a) StoreShared<P::kAccess>(At(place) + offset + a * stride_, kZeros);
-  }
 
   // That one place takes in a block's shared memory.
   __device__ __forceinline__ uint32_t Bytes() const { return P::kAccesses * stride_; }
@@ -90,9 +90,11 @@ class PacketRing {
 
   static constexpr int kElements = P::kAccess / sizeof(T);
 
-  __device__ __forceinline__ void CopyTo(uint32_t to, const T* from) const {
+  __device__ __forceinline__ void CopyTo(uint32_t to, const T* from, bool inside) const {
 #pragma unroll
-    for (int a = 0; a < P::kAccesses; ++a) CopyAsync<P::kAccess>(to + a * stride_, from + a * kElements);
+    for (int a = 0; a < P::kAccesses; ++a) {
+      CopyAsync<P::kAccess>(to + a * stride_, from + a * kElements, inside);
+    }
   }
 
   // Where the tensor ends within the packet. Not asynchronous, which the waits for the copies do not mind.
