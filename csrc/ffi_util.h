@@ -1,100 +1,9 @@
 // From XLA's buffers to the structs of problem.h, for the CPU and the CUDA handlers alike.
 #pragma once
 
-#include <utility>
-
 #include "checks.h"
 
 namespace jax_rmsnorm {
-
-// Operands, results and attributes of each handler; a platform adds its context.
-template <typename Binding>
-auto WithBackwardAttributes(Binding&& binding) {
-  return std::forward<Binding>(binding)
-      .template Attr<bool>("zero_centered_gamma")
-      .template Attr<bool>("round_before_gamma")
-      .template Attr<int64_t>("sm_margin");
-}
-
-template <typename Binding>
-auto WithForwardAttributes(Binding&& binding) {
-  return WithBackwardAttributes(std::forward<Binding>(binding).template Attr<float>("eps"));
-}
-
-template <typename Binding>
-auto WithRotaryAttributes(Binding&& binding) {
-  return std::forward<Binding>(binding).template Attr<int64_t>("heads").template Attr<bool>("interleaved");
-}
-
-inline auto ForwardBinding() {
-  auto operands = ffi::Ffi::Bind()
-                      .Arg<ffi::AnyBuffer>()           // x
-                      .OptionalArg<ffi::AnyBuffer>()   // gamma
-                      .Ret<ffi::AnyBuffer>()           // y
-                      .OptionalRet<ffi::AnyBuffer>();  // rrms
-  return WithForwardAttributes(std::move(operands));
-}
-
-inline auto AddForwardBinding() {
-  auto operands = ffi::Ffi::Bind()
-                      .Arg<ffi::AnyBuffer>()           // x
-                      .Arg<ffi::AnyBuffer>()           // addend
-                      .OptionalArg<ffi::AnyBuffer>()   // gamma
-                      .Ret<ffi::AnyBuffer>()           // y
-                      .Ret<ffi::AnyBuffer>()           // h
-                      .OptionalRet<ffi::AnyBuffer>();  // rrms
-  return WithForwardAttributes(std::move(operands));
-}
-
-inline auto RopeForwardBinding() {
-  auto operands = ffi::Ffi::Bind()
-                      .Arg<ffi::AnyBuffer>()           // x
-                      .Arg<ffi::AnyBuffer>()           // cos
-                      .Arg<ffi::AnyBuffer>()           // sin
-                      .OptionalArg<ffi::AnyBuffer>()   // gamma
-                      .Ret<ffi::AnyBuffer>()           // y
-                      .OptionalRet<ffi::AnyBuffer>();  // rrms
-  return WithRotaryAttributes(WithForwardAttributes(std::move(operands)));
-}
-
-inline auto BackwardBinding() {
-  auto operands = ffi::Ffi::Bind()
-                      .Arg<ffi::AnyBuffer>()           // x
-                      .Arg<ffi::AnyBuffer>()           // rrms
-                      .Arg<ffi::AnyBuffer>()           // dy
-                      .OptionalArg<ffi::AnyBuffer>()   // gamma
-                      .Ret<ffi::AnyBuffer>()           // dx
-                      .OptionalRet<ffi::AnyBuffer>()   // dgamma
-                      .OptionalRet<ffi::AnyBuffer>();  // partials, scratch
-  return WithBackwardAttributes(std::move(operands));
-}
-
-inline auto AddBackwardBinding() {
-  auto operands = ffi::Ffi::Bind()
-                      .Arg<ffi::AnyBuffer>()           // h
-                      .Arg<ffi::AnyBuffer>()           // rrms
-                      .Arg<ffi::AnyBuffer>()           // dy
-                      .Arg<ffi::AnyBuffer>()           // dh
-                      .OptionalArg<ffi::AnyBuffer>()   // gamma
-                      .Ret<ffi::AnyBuffer>()           // dx
-                      .OptionalRet<ffi::AnyBuffer>()   // dgamma
-                      .OptionalRet<ffi::AnyBuffer>();  // partials, scratch
-  return WithBackwardAttributes(std::move(operands));
-}
-
-inline auto RopeBackwardBinding() {
-  auto operands = ffi::Ffi::Bind()
-                      .Arg<ffi::AnyBuffer>()           // x
-                      .Arg<ffi::AnyBuffer>()           // rrms
-                      .Arg<ffi::AnyBuffer>()           // dy
-                      .Arg<ffi::AnyBuffer>()           // cos
-                      .Arg<ffi::AnyBuffer>()           // sin
-                      .OptionalArg<ffi::AnyBuffer>()   // gamma
-                      .Ret<ffi::AnyBuffer>()           // dx
-                      .OptionalRet<ffi::AnyBuffer>()   // dgamma
-                      .OptionalRet<ffi::AnyBuffer>();  // partials, scratch
-  return WithRotaryAttributes(WithBackwardAttributes(std::move(operands)));
-}
 
 inline ffi::Error DecodeForward(const ffi::AnyBuffer& x, const OptionalArg& gamma,
                                 ffi::Result<ffi::AnyBuffer>& y, OptionalRet& rrms,
@@ -120,26 +29,24 @@ inline ffi::Error DecodeForward(const ffi::AnyBuffer& x, const OptionalArg& gamm
   return ffi::Error::Success();
 }
 
+// All but the gradients of y and of what is fused.
 inline ffi::Error DecodeBackward(const ffi::AnyBuffer& x, const ffi::AnyBuffer& rrms,
-                                 const ffi::AnyBuffer& dy, const OptionalArg& gamma,
-                                 ffi::Result<ffi::AnyBuffer>& dx, OptionalRet& dgamma, OptionalRet& partials,
-                                 const Arithmetic& arithmetic, BackwardArgs* args) {
+                                 const OptionalArg& gamma, ffi::Result<ffi::AnyBuffer>& dx,
+                                 OptionalRet& dgamma, OptionalRet& partials, const Arithmetic& arithmetic,
+                                 BackwardArgs* args) {
   JAX_RMSNORM_RETURN_IF_ERROR(SplitShape(x, gamma, &args->shape));
   const Shape& shape = args->shape;
   const int64_t rows = shape.groups * shape.rows;
   DType dx_dtype, dgamma_dtype;
   JAX_RMSNORM_RETURN_IF_ERROR(ToDType("x", x, &args->x_dtype));
-  JAX_RMSNORM_RETURN_IF_ERROR(ToDType("dy", dy, &args->dy_dtype));
   JAX_RMSNORM_RETURN_IF_ERROR(ToDType("dx", *dx, &dx_dtype));
   if (dx_dtype != args->x_dtype) return Invalid("dx must have x's dtype");
   JAX_RMSNORM_RETURN_IF_ERROR(CheckFloat32("rrms", rrms));
   JAX_RMSNORM_RETURN_IF_ERROR(CheckCount("rrms", rrms, rows));
-  JAX_RMSNORM_RETURN_IF_ERROR(CheckCount("dy", dy, rows * shape.hidden));
   JAX_RMSNORM_RETURN_IF_ERROR(CheckCount("dx", *dx, rows * shape.hidden));
   args->arithmetic = arithmetic;
   args->x = x.untyped_data();
   args->rrms = static_cast<const float*>(rrms.untyped_data());
-  args->dy[0] = dy.untyped_data();
   args->dx = dx->untyped_data();
   if (!gamma) return ffi::Error::Success();
 
@@ -159,6 +66,49 @@ inline ffi::Error DecodeBackward(const ffi::AnyBuffer& x, const ffi::AnyBuffer& 
   args->gamma = gamma->untyped_data();
   args->dgamma = (*dgamma)->untyped_data();
   args->partials = static_cast<float*>((*partials)->untyped_data());
+  return ffi::Error::Success();
+}
+
+// The gradient of y, the last of `gradients` so far.
+inline ffi::Error DecodeGradient(const ffi::AnyBuffer& dy, int32_t gradients, BackwardArgs* args) {
+  DType dtype;
+  JAX_RMSNORM_RETURN_IF_ERROR(ToDType("dy", dy, &dtype));
+  JAX_RMSNORM_RETURN_IF_ERROR(
+      CheckCount("dy", dy, args->shape.groups * args->shape.rows * args->shape.hidden));
+  if (gradients > 1 && dtype != args->dy_dtype) return Invalid("all dy must be of one dtype");
+  args->dy_dtype = dtype;
+  args->dy[gradients - 1] = dy.untyped_data();
+  args->gradients = gradients;
+  return ffi::Error::Success();
+}
+
+// Of `rest`, the operands that are as many as the attribute `gradients` says, each a dy; gamma may be one
+// more.
+inline ffi::Error GammaBehindGradients(const ffi::RemainingArgs& rest, int64_t gradients,
+                                       OptionalArg* gamma) {
+  if (gradients < 1 || gradients > kMostGradients) {
+    return Invalid("gradients must be from 1 to " + std::to_string(kMostGradients) + ", got " +
+                   std::to_string(gradients));
+  }
+  const auto count = static_cast<int64_t>(rest.size());
+  if (count != gradients && count != gradients + 1) {
+    return Invalid("expected " + std::to_string(gradients) +
+                   " dy as the last operands, and gamma or none, got " + std::to_string(count) + " operands");
+  }
+  if (count == gradients) return ffi::Error::Success();
+  const auto last = rest.get<ffi::AnyBuffer>(static_cast<size_t>(gradients));
+  if (last.has_error()) return last.error();
+  *gamma = last.value();
+  return ffi::Error::Success();
+}
+
+// The first `gradients` of `rest`, whose number was checked.
+inline ffi::Error DecodeGradients(const ffi::RemainingArgs& rest, int64_t gradients, BackwardArgs* args) {
+  for (int32_t i = 0; i < gradients; ++i) {
+    const auto dy = rest.get<ffi::AnyBuffer>(static_cast<size_t>(i));
+    if (dy.has_error()) return dy.error();
+    JAX_RMSNORM_RETURN_IF_ERROR(DecodeGradient(dy.value(), i + 1, args));
+  }
   return ffi::Error::Success();
 }
 

@@ -35,7 +35,7 @@ class Call:
     use_kernel: bool
 
 
-class Settings(TypedDict):
+class Settings(TypedDict, total=False):
     """What all public functions take by keyword."""
 
     normalized_shape: int | Sequence[int] | None
@@ -176,6 +176,21 @@ def _why_no_kernel(dtypes: Set[np.dtype], hidden: Any, heads: Any) -> str | None
     if not is_static_dim(heads):
         return f"the kernels need a number of heads that is known at trace time, got {heads}"
     return None
+
+
+def check_copies(copies: Any) -> int | None:
+    """How many times y is returned in a tuple; None for y alone."""
+    if copies is None:
+        return None
+    try:
+        number = _to_length(copies)
+    except TypeError:
+        raise TypeError(
+            f"copies must be None or an int known at trace time, got {type(copies).__name__}: {copies!r}"
+        ) from None
+    if number < 1:
+        raise ValueError(f"copies must be 1 or more, or None for y without a tuple, got {copies!r}")
+    return number
 
 
 def _check_bool(name: str, value: Any) -> bool:

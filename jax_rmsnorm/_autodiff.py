@@ -50,49 +50,59 @@ _rope_forward = _differentiable(
 _rope_backward = _differentiable(_primitives.rope_backward, _reference.rope_backward)
 
 
-def _rms_norm(options: Options, x: jax.Array, gamma: jax.Array | None) -> jax.Array:
+def _asked_for(gradients):
+    # A gradient that nobody asked of a result is known to be zero, and not read from memory.
+    return tuple(dy for dy in gradients if not isinstance(dy, SymbolicZero))
+
+
+def _rms_norm(
+    options: Options, copies: int, x: jax.Array, gamma: jax.Array | None
+) -> tuple[jax.Array, ...]:
+    """Returns y ``copies`` times: one array, whose gradients come one for each."""
     (y,) = _primitives.forward(x, gamma, options, save_rrms=False)
-    return y
+    return (y,) * copies
 
 
-def _rms_norm_fwd(options, x, gamma):
+def _rms_norm_fwd(options, copies, *primals):
+    x, gamma = custom_vjp_primal_tree_values(primals)
     y, rrms = _forward(options, x, gamma)
-    return y, (x, gamma, rrms)
+    return (y,) * copies, (x, gamma, rrms)
 
 
-def _rms_norm_bwd(options, residuals, dy):
+def _rms_norm_bwd(options, copies, residuals, dys):
     x, gamma, rrms = residuals
-    return _backward(options, x, gamma, rrms, dy)
+    return _backward(options, x, gamma, rrms, _asked_for(dys))
 
 
 def _add_rms_norm(
     options: Options,
+    copies: int,
     addend_dtype: np.dtype,
     x: jax.Array,
     addend: jax.Array,
     gamma: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns y and h = x + addend, which has x's dtype."""
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """Returns y ``copies`` times, and h = x + addend, which has x's dtype."""
     y, h = _primitives.add_forward(x, addend, gamma, options, save_rrms=False)
-    return y, h
+    return (y,) * copies, h
 
 
-def _add_rms_norm_fwd(options, addend_dtype, *primals):
+def _add_rms_norm_fwd(options, copies, addend_dtype, *primals):
     x, addend, gamma = custom_vjp_primal_tree_values(primals)
     y, h, rrms = _add_forward(options, x, addend, gamma)
-    return (y, h), (h, gamma, rrms)
+    return ((y,) * copies, h), (h, gamma, rrms)
 
 
-def _add_rms_norm_bwd(options, addend_dtype, residuals, cotangents):
-    # A gradient that nobody asked of a result is known to be zero, and not read from memory.
+def _add_rms_norm_bwd(options, copies, addend_dtype, residuals, cotangents):
     h, gamma, rrms = residuals
-    dy, dh = cotangents
-    if isinstance(dy, SymbolicZero):
+    dys, dh = cotangents
+    dys = _asked_for(dys)
+    if not dys:
         dx, dgamma = dh, None
     elif isinstance(dh, SymbolicZero):
-        dx, dgamma = _backward(options, h, gamma, rrms, dy)
+        dx, dgamma = _backward(options, h, gamma, rrms, dys)
     else:
-        dx, dgamma = _add_backward(options, h, gamma, rrms, dy, dh)
+        dx, dgamma = _add_backward(options, h, gamma, rrms, dys, dh)
     return dx, dx.astype(addend_dtype), dgamma
 
 
@@ -126,9 +136,9 @@ def _table_gradients(options, x, gamma, cos, sin, dy):
     return vjp(dy)
 
 
-rms_norm = jax.custom_vjp(_rms_norm, nondiff_argnums=(0,))
-rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
-add_rms_norm = jax.custom_vjp(_add_rms_norm, nondiff_argnums=(0, 1))
+rms_norm = jax.custom_vjp(_rms_norm, nondiff_argnums=(0, 1))
+rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd, symbolic_zeros=True)
+add_rms_norm = jax.custom_vjp(_add_rms_norm, nondiff_argnums=(0, 1, 2))
 add_rms_norm.defvjp(_add_rms_norm_fwd, _add_rms_norm_bwd, symbolic_zeros=True)
 rms_norm_rope = jax.custom_vjp(_rms_norm_rope, nondiff_argnums=(0,))
 rms_norm_rope.defvjp(_rms_norm_rope_fwd, _rms_norm_rope_bwd)

@@ -16,6 +16,7 @@ from flax.typing import Axes, Dtype, Initializer
 from jax.nn import initializers
 from jax.typing import DTypeLike
 
+from ._arguments import check_copies
 from ._ops import add_rms_norm, rms_norm
 from ._primitives.common import KERNEL_DTYPES
 
@@ -119,10 +120,14 @@ def require_no_options(module: RMSNormModule, reason: str) -> None:
 
 
 def normalize(
-    module: RMSNormModule, x: jax.Array, scale: jax.Array | None, dtype: DTypeLike
-) -> jax.Array:
+    module: RMSNormModule,
+    x: jax.Array,
+    scale: jax.Array | None,
+    dtype: DTypeLike,
+    copies: int | None,
+) -> jax.Array | tuple[jax.Array, ...]:
     """Calls `rms_norm` with the options of ``module``, for a call that is covered."""
-    return rms_norm(x, _gamma(module, x, scale), **_options(module, x, dtype))
+    return rms_norm(x, _gamma(module, x, scale), copies=copies, **_options(module, x, dtype))
 
 
 def add_and_normalize(
@@ -131,16 +136,23 @@ def add_and_normalize(
     residual: jax.Array,
     scale: jax.Array | None,
     dtype: DTypeLike,
-) -> tuple[jax.Array, jax.Array]:
+    copies: int | None,
+) -> tuple[jax.Array | tuple[jax.Array, ...], jax.Array]:
     """Calls `add_rms_norm` likewise."""
     gamma = _gamma(module, residual, scale)
-    return add_rms_norm(x, residual, gamma, **_options(module, residual, dtype))
+    return add_rms_norm(x, residual, gamma, copies=copies, **_options(module, residual, dtype))
 
 
 def add(x: jax.Array, residual: jax.Array) -> jax.Array:
     """x + residual as `add_rms_norm` has it, for a call that is not covered."""
     wide = jnp.promote_types(jnp.float32, jnp.promote_types(x.dtype, residual.dtype))
     return (x.astype(wide) + residual.astype(wide)).astype(residual.dtype)
+
+
+def copy(y: jax.Array, copies: int | None) -> jax.Array | tuple[jax.Array, ...]:
+    """What `rms_norm` would return of y, for a call that is not covered."""
+    number = check_copies(copies)
+    return y if number is None else (y,) * number
 
 
 def _gamma(module: RMSNormModule, x: jax.Array, scale: jax.Array | None) -> jax.Array | None:

@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack, overload
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from . import _arguments, _autodiff, _reference
+from ._arguments import Settings
 from ._compat import align_manual_axes
 from ._options import Implementation, Rounding, SMMargin
+
+
+@overload
+def rms_norm(
+    x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    *,
+    copies: None = None,
+    **options: Unpack[Settings],
+) -> jax.Array: ...
+
+
+@overload
+def rms_norm(
+    x: ArrayLike, gamma: ArrayLike | None = None, *, copies: int, **options: Unpack[Settings]
+) -> tuple[jax.Array, ...]: ...
 
 
 def rms_norm(
     x: ArrayLike,
     gamma: ArrayLike | None = None,
     *,
+    copies: int | None = None,
     normalized_shape: int | Sequence[int] | None = None,
     eps: float = 1e-5,
     zero_centered_gamma: bool = False,
@@ -24,7 +43,7 @@ def rms_norm(
     dtype: DTypeLike | None = None,
     sm_margin: int | SMMargin | None = None,
     implementation: Implementation | None = None,
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, ...]:
     r"""Root mean square layer normalization (https://arxiv.org/abs/1910.07467).
 
     .. math:: y = x \cdot \mathrm{rsqrt}(\mathrm{mean}(x^2) + \mathrm{eps}) \cdot \gamma
@@ -37,6 +56,10 @@ def rms_norm(
     Args:
         x: [..., *normalized_shape], float32, bfloat16 or float16; float64 takes the plain JAX path.
         gamma: [*normalized_shape], of any of these dtypes, whatever x's is; None for γ = 1.
+        copies: return y that many times in a tuple, one for each place that reads it. They are one array; what differs
+            is the backward, which reads the gradient of each and adds them up in float32, where JAX would add them up
+            in a pass of its own and round to y's dtype. A kernel reads up to four; of more, or of rows that the CUDA
+            kernels do not fuse for, the sum is made in front of it, unrounded too.
         normalized_shape: the trailing axes' lengths. By default gamma's shape; without gamma, x's last axis.
         eps: added to the mean of squares, in the units of x²; 0 or more.
         zero_centered_gamma: gamma holds γ - 1.
@@ -51,7 +74,7 @@ def rms_norm(
             elsewhere; "xla" for plain JAX.
 
     Returns:
-        y, of x's shape.
+        y, of x's shape; with ``copies`` a tuple of as many.
 
     Raises:
         TypeError: an argument's type or dtype is not one of the above.
@@ -69,11 +92,42 @@ def rms_norm(
         sm_margin=sm_margin,
         implementation=implementation,
     )
+    number = _arguments.check_copies(copies)
     if call.use_kernel:
-        y = _autodiff.rms_norm(call.options, *align_manual_axes(call.x, call.gamma))
+        operands = align_manual_axes(call.x, call.gamma)
+        ys = _autodiff.rms_norm(call.options, number or 1, *operands)
     else:
-        y, _ = _reference.forward(call.x, call.gamma, call.options)
-    return y.reshape(jnp.shape(x))
+        *ys, _ = _reference.forward(call.x, call.gamma, call.options, number or 1)
+    return _results(ys, jnp.shape(x), number)
+
+
+def _results(
+    ys: Sequence[jax.Array], shape: tuple[int, ...], copies: int | None
+) -> jax.Array | tuple[jax.Array, ...]:
+    shaped = tuple(y.reshape(shape) for y in ys)
+    return shaped[0] if copies is None else shaped
+
+
+@overload
+def add_rms_norm(
+    x: ArrayLike,
+    residual: ArrayLike,
+    gamma: ArrayLike | None = None,
+    *,
+    copies: None = None,
+    **options: Unpack[Settings],
+) -> tuple[jax.Array, jax.Array]: ...
+
+
+@overload
+def add_rms_norm(
+    x: ArrayLike,
+    residual: ArrayLike,
+    gamma: ArrayLike | None = None,
+    *,
+    copies: int,
+    **options: Unpack[Settings],
+) -> tuple[tuple[jax.Array, ...], jax.Array]: ...
 
 
 def add_rms_norm(
@@ -81,6 +135,7 @@ def add_rms_norm(
     residual: ArrayLike,
     gamma: ArrayLike | None = None,
     *,
+    copies: int | None = None,
     normalized_shape: int | Sequence[int] | None = None,
     eps: float = 1e-5,
     zero_centered_gamma: bool = False,
@@ -88,7 +143,7 @@ def add_rms_norm(
     dtype: DTypeLike | None = None,
     sm_margin: int | SMMargin | None = None,
     implementation: Implementation | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array | tuple[jax.Array, ...], jax.Array]:
     r"""A residual connection and the RMSNorm of its sum, in one pass over memory.
 
     .. math:: h = x + \mathrm{residual} \qquad y = \mathrm{rms\_norm}(h)
@@ -101,11 +156,12 @@ def add_rms_norm(
         x: [..., *normalized_shape], what a block adds to the residual stream; dtypes as in `rms_norm`.
         residual: of x's shape and any of these dtypes: the residual stream. Its dtype is h's.
         gamma, normalized_shape, eps, zero_centered_gamma, sm_margin, implementation: as in `rms_norm`.
+        copies: of y, as in `rms_norm`: ((y, ..., y), h) is returned.
         rounding: as in `rms_norm` of h: "before_gamma" rounds to h's dtype.
         dtype: of y; x's by default.
 
     Returns:
-        y and h, of x's shape.
+        y and h, of x's shape; with ``copies`` a tuple of as many y, and h.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as in `rms_norm`; ValueError too where x and residual are of
@@ -123,12 +179,13 @@ def add_rms_norm(
         sm_margin=sm_margin,
         implementation=implementation,
     )
+    number = _arguments.check_copies(copies)
     if call.use_kernel:
-        wide, addend, gamma = align_manual_axes(residual, call.x, call.gamma)
-        y, h = _autodiff.add_rms_norm(call.options, call.x.dtype, wide, addend, gamma)
+        operands = align_manual_axes(residual, call.x, call.gamma)
+        ys, h = _autodiff.add_rms_norm(call.options, number or 1, call.x.dtype, *operands)
     else:
-        y, h, _ = _reference.add_forward(residual, call.x, call.gamma, call.options)
-    return y.reshape(jnp.shape(x)), h.reshape(jnp.shape(x))
+        *ys, h, _ = _reference.add_forward(residual, call.x, call.gamma, call.options, number or 1)
+    return _results(ys, jnp.shape(x), number), h.reshape(jnp.shape(x))
 
 
 def rms_norm_rope(

@@ -9,6 +9,8 @@ dimensions equal the first ones of ``x``: each group of rows then has its own ga
 γ is ``gamma``, or ``1 + gamma`` with ``zero_centered_gamma``. With ``rounding="before_gamma"`` the n that
 meets γ is first rounded to x's dtype; the derivative of that rounding is taken to be one.
 
+Of several gradients of y, one for each copy of it that was used, dy is the sum, which is not rounded.
+
 With an addend the norm is that of a sum, which is rounded, and returned too; dh is its other gradient:
 
     forward     h = x + a, rounded to x's dtype      y = norm(h)
@@ -26,6 +28,8 @@ A pair is (v[i], v[i + R/2]), or with ``interleaved`` (v[2 i], v[2 i + 1]).
 from __future__ import annotations
 
 import functools
+import operator
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -83,25 +87,37 @@ def _normalize(
     return y, rrms
 
 
-def forward(x: jax.Array, gamma: jax.Array | None, options: Options) -> tuple[jax.Array, jax.Array]:
-    """Returns y [..., H] in ``options.out_dtype`` and the reciprocal RMS [...] in the compute dtype."""
+def _copy(y: jax.Array, copies: int, options: Options) -> list[jax.Array]:
+    """y in ``options.out_dtype``, several times: each from the wide y, where their gradients are then added up."""
+    return [y.astype(options.out_dtype) for _ in range(copies)]
+
+
+def forward(
+    x: jax.Array, gamma: jax.Array | None, options: Options, copies: int = 1
+) -> tuple[jax.Array, ...]:
+    """Returns ``copies`` times y [..., H] in ``options.out_dtype``; the reciprocal RMS [...] in the compute dtype."""
     wide = x.astype(_norm_dtype(x, gamma, options))
     y, rrms = _normalize(wide, x.dtype, gamma, options)
-    return y.astype(options.out_dtype), rrms
+    return *_copy(y, copies, options), rrms
+
+
+def add_up(dys: Sequence[jax.Array], dtype: jnp.dtype) -> jax.Array:
+    """The sum of the gradients of y, in ``dtype``."""
+    return functools.reduce(operator.add, (dy.astype(dtype) for dy in dys))
 
 
 def backward(
     x: jax.Array,
     gamma: jax.Array | None,
     rrms: jax.Array,
-    dy: jax.Array,
+    dys: Sequence[jax.Array],
     options: Options,
     dh: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns dx (plus ``dh``) in x's dtype, and dgamma in gamma's dtype and shape (None without gamma)."""
     dtype = rrms.dtype
     normalized = x.astype(dtype) * rrms[..., None]
-    dy = dy.astype(dtype)
+    dy = add_up(dys, dtype)
     dn, dgamma = dy, None
     if gamma is not None:
         dn = dy * _effective_gamma(gamma, x.ndim, dtype, options)
@@ -124,25 +140,25 @@ def add(x: jax.Array, addend: jax.Array) -> jax.Array:
 
 
 def add_forward(
-    x: jax.Array, addend: jax.Array, gamma: jax.Array | None, options: Options
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns y, h [..., H] in x's dtype, and the reciprocal RMS of h."""
+    x: jax.Array, addend: jax.Array, gamma: jax.Array | None, options: Options, copies: int = 1
+) -> tuple[jax.Array, ...]:
+    """Returns ``copies`` times y, h [..., H] in x's dtype, and the reciprocal RMS of h."""
     # Both results come from the wide sum, so that in its gradient theirs are added before they are rounded.
     wide = add(x, addend)
     y, rrms = _normalize(wide.astype(_norm_dtype(x, gamma, options)), x.dtype, gamma, options)
-    return y.astype(options.out_dtype), wide.astype(x.dtype), rrms
+    return *_copy(y, copies, options), wide.astype(x.dtype), rrms
 
 
 def add_backward(
     h: jax.Array,
     gamma: jax.Array | None,
     rrms: jax.Array,
-    dy: jax.Array,
+    dys: Sequence[jax.Array],
     dh: jax.Array,
     options: Options,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns the gradient of x and of the addend, in h's dtype, and dgamma as `backward` does."""
-    return backward(h, gamma, rrms, dy, options, dh)
+    return backward(h, gamma, rrms, dys, options, dh)
 
 
 def rotate(v: jax.Array, cos: jax.Array, sin: jax.Array, options: Options) -> jax.Array:
@@ -186,4 +202,4 @@ def rope_backward(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns dx and dgamma as `backward` does. The gradients of cos and sin are those of `rope_forward`."""
     dy = rotate(dy.astype(rrms.dtype), cos, -sin, options)
-    return backward(x, gamma, rrms, dy, options)
+    return backward(x, gamma, rrms, [dy], options)

@@ -100,26 +100,62 @@ class RMSNorm(nnx.RMSNorm):
 
     @overload
     def __call__(
-        self, x: ArrayLike, mask: jax.Array | None = None, *, residual: None = None
+        self,
+        x: ArrayLike,
+        mask: jax.Array | None = None,
+        *,
+        residual: None = None,
+        copies: None = None,
     ) -> jax.Array: ...
 
     @overload
     def __call__(
-        self, x: ArrayLike, mask: jax.Array | None = None, *, residual: ArrayLike
+        self,
+        x: ArrayLike,
+        mask: jax.Array | None = None,
+        *,
+        residual: None = None,
+        copies: int,
+    ) -> tuple[jax.Array, ...]: ...
+
+    @overload
+    def __call__(
+        self,
+        x: ArrayLike,
+        mask: jax.Array | None = None,
+        *,
+        residual: ArrayLike,
+        copies: None = None,
     ) -> tuple[jax.Array, jax.Array]: ...
 
+    @overload
     def __call__(
-        self, x: ArrayLike, mask: jax.Array | None = None, *, residual: ArrayLike | None = None
-    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        self,
+        x: ArrayLike,
+        mask: jax.Array | None = None,
+        *,
+        residual: ArrayLike,
+        copies: int,
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]: ...
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        mask: jax.Array | None = None,
+        *,
+        residual: ArrayLike | None = None,
+        copies: int | None = None,
+    ) -> jax.Array | tuple[jax.Array, ...] | tuple[jax.Array | tuple[jax.Array, ...], jax.Array]:
         """Normalises x [..., num_features], or with a residual h = x + residual.
 
         Args:
             x: the input.
             mask: booleans that broadcast against x: the entries that count in the mean.
             residual: of x's shape; the sum is rounded to its dtype, in one pass with the norm.
+            copies: return y that many times in a tuple, one for each place that reads it: see `rms_norm`.
 
         Returns:
-            y, of the shape of x; with a residual (y, h).
+            y, of the shape of x, or with copies (y, ..., y); with a residual a pair of that and h.
 
         Raises:
             ValueError: ``zero_centered_gamma``, ``rounding="before_gamma"`` or
@@ -137,10 +173,10 @@ class RMSNorm(nnx.RMSNorm):
         if reason is not None:
             _flax.require_no_options(self, reason)
             if stream is None:
-                return super().__call__(x, mask)
+                return _flax.copy(super().__call__(x, mask), copies)
             h = _flax.add(array, stream)
-            return super().__call__(h, mask), h
+            return _flax.copy(super().__call__(h, mask), copies), h
         normalized, scale = self.promote_dtype((normalized, scale), dtype=self.dtype)
         if stream is None:
-            return _flax.normalize(self, normalized, scale, normalized.dtype)
-        return _flax.add_and_normalize(self, array, stream, scale, normalized.dtype)
+            return _flax.normalize(self, normalized, scale, normalized.dtype, copies)
+        return _flax.add_and_normalize(self, array, stream, scale, normalized.dtype, copies)

@@ -9,7 +9,7 @@
 #include <mutex>
 #include <thread>
 
-#include "../ffi_util.h"
+#include "../handlers.h"
 #include "kernels.h"
 
 namespace jax_rmsnorm {
@@ -107,83 +107,26 @@ void Run(const BackwardArgs& args, ffi::ThreadPool& pool) {
   });
 }
 
-ffi::Error Forward(ffi::AnyBuffer x, OptionalArg gamma, ffi::Result<ffi::AnyBuffer> y, OptionalRet rrms,
-                   float eps, bool zero_centered_gamma, bool round_before_gamma, int64_t /*sm_margin*/,
-                   ffi::ThreadPool pool) {
-  ForwardArgs args;
-  JAX_RMSNORM_RETURN_IF_ERROR(
-      DecodeForward(x, gamma, y, rrms, {eps, zero_centered_gamma, round_before_gamma}, &args));
-  Run(args, pool);
-  return ffi::Error::Success();
-}
+struct Cpu {
+  using Context = ffi::ThreadPool;
 
-ffi::Error AddForward(ffi::AnyBuffer x, ffi::AnyBuffer addend, OptionalArg gamma,
-                      ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> h, OptionalRet rrms,
-                      float eps, bool zero_centered_gamma, bool round_before_gamma, int64_t /*sm_margin*/,
-                      ffi::ThreadPool pool) {
-  ForwardArgs args;
-  JAX_RMSNORM_RETURN_IF_ERROR(
-      DecodeForward(x, gamma, y, rrms, {eps, zero_centered_gamma, round_before_gamma}, &args));
-  JAX_RMSNORM_RETURN_IF_ERROR(DecodeAddend(addend, h, &args));
-  Run(args, pool);
-  return ffi::Error::Success();
-}
-
-ffi::Error RopeForward(ffi::AnyBuffer x, ffi::AnyBuffer cos, ffi::AnyBuffer sin, OptionalArg gamma,
-                       ffi::Result<ffi::AnyBuffer> y, OptionalRet rrms, float eps, bool zero_centered_gamma,
-                       bool round_before_gamma, int64_t /*sm_margin*/, int64_t heads, bool interleaved,
-                       ffi::ThreadPool pool) {
-  ForwardArgs args;
-  JAX_RMSNORM_RETURN_IF_ERROR(
-      DecodeForward(x, gamma, y, rrms, {eps, zero_centered_gamma, round_before_gamma}, &args));
-  JAX_RMSNORM_RETURN_IF_ERROR(DecodeRotary(cos, sin, heads, interleaved, args.shape, &args.rotary));
-  Run(args, pool);
-  return ffi::Error::Success();
-}
-
-ffi::Error Backward(ffi::AnyBuffer x, ffi::AnyBuffer rrms, ffi::AnyBuffer dy, OptionalArg gamma,
-                    ffi::Result<ffi::AnyBuffer> dx, OptionalRet dgamma, OptionalRet partials,
-                    bool zero_centered_gamma, bool round_before_gamma, int64_t /*sm_margin*/,
-                    ffi::ThreadPool pool) {
-  BackwardArgs args;
-  JAX_RMSNORM_RETURN_IF_ERROR(DecodeBackward(x, rrms, dy, gamma, dx, dgamma, partials,
-                                             {0.0f, zero_centered_gamma, round_before_gamma}, &args));
-  Run(args, pool);
-  return ffi::Error::Success();
-}
-
-ffi::Error AddBackward(ffi::AnyBuffer h, ffi::AnyBuffer rrms, ffi::AnyBuffer dy, ffi::AnyBuffer dh,
-                       OptionalArg gamma, ffi::Result<ffi::AnyBuffer> dx, OptionalRet dgamma,
-                       OptionalRet partials, bool zero_centered_gamma, bool round_before_gamma,
-                       int64_t /*sm_margin*/, ffi::ThreadPool pool) {
-  BackwardArgs args;
-  JAX_RMSNORM_RETURN_IF_ERROR(DecodeBackward(h, rrms, dy, gamma, dx, dgamma, partials,
-                                             {0.0f, zero_centered_gamma, round_before_gamma}, &args));
-  JAX_RMSNORM_RETURN_IF_ERROR(DecodeGradientOfSum(dh, &args));
-  Run(args, pool);
-  return ffi::Error::Success();
-}
-
-ffi::Error RopeBackward(ffi::AnyBuffer x, ffi::AnyBuffer rrms, ffi::AnyBuffer dy, ffi::AnyBuffer cos,
-                        ffi::AnyBuffer sin, OptionalArg gamma, ffi::Result<ffi::AnyBuffer> dx,
-                        OptionalRet dgamma, OptionalRet partials, bool zero_centered_gamma,
-                        bool round_before_gamma, int64_t /*sm_margin*/, int64_t heads, bool interleaved,
-                        ffi::ThreadPool pool) {
-  BackwardArgs args;
-  JAX_RMSNORM_RETURN_IF_ERROR(DecodeBackward(x, rrms, dy, gamma, dx, dgamma, partials,
-                                             {0.0f, zero_centered_gamma, round_before_gamma}, &args));
-  JAX_RMSNORM_RETURN_IF_ERROR(DecodeRotary(cos, sin, heads, interleaved, args.shape, &args.rotary));
-  Run(args, pool);
-  return ffi::Error::Success();
-}
+  template <typename Args>
+  static ffi::Error Launch(const Args& args, int64_t /*sm_margin*/, Context pool) {
+    Run(args, pool);
+    return ffi::Error::Success();
+  }
+};
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuForward, Forward, ForwardBinding().Ctx<ffi::ThreadPool>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuAddForward, AddForward, AddForwardBinding().Ctx<ffi::ThreadPool>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuRopeForward, RopeForward, RopeForwardBinding().Ctx<ffi::ThreadPool>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuBackward, Backward, BackwardBinding().Ctx<ffi::ThreadPool>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuAddBackward, AddBackward, AddBackwardBinding().Ctx<ffi::ThreadPool>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuRopeBackward, RopeBackward, RopeBackwardBinding().Ctx<ffi::ThreadPool>());
+#define JAX_RMSNORM_DEFINE_HANDLER(name) \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(Cpu##name, name<Cpu>, name##Binding().Ctx<ffi::ThreadPool>())
+
+JAX_RMSNORM_DEFINE_HANDLER(Forward);
+JAX_RMSNORM_DEFINE_HANDLER(AddForward);
+JAX_RMSNORM_DEFINE_HANDLER(RopeForward);
+JAX_RMSNORM_DEFINE_HANDLER(Backward);
+JAX_RMSNORM_DEFINE_HANDLER(AddBackward);
+JAX_RMSNORM_DEFINE_HANDLER(RopeBackward);
 
 }  // namespace jax_rmsnorm

@@ -91,9 +91,25 @@ void ForwardRows(const ForwardArgs& args, int64_t first, int64_t last) {
 // which may have been rounded to x's dtype.
 enum class DGamma { kNone, kPlain, kRounded };
 
-// One pass over memory: the second sweep over a row finds it in the cache. D is dy's type, but float with a
-// rotation, which leaves floats in the order of Load<X>.
-template <typename X, typename D, DGamma kDGamma, Fusion kFusion>
+// What it does beside: nothing; add dh to dx; or gather the gradient of y in a row of floats first, where it
+// is rotated back or several are added up, and then add dh if there is one.
+enum class Beside { kNothing, kAdd, kGather };
+
+// The sum of the gradients of y, [hidden] at `offset`, in the order of Load<X>.
+template <typename X>
+void AddUpGradients(const BackwardArgs& args, int64_t offset, float* sum) {
+  for (int32_t i = 0; i < args.gradients; ++i) {
+    WithRow<X>(args.dy_dtype, args.dy[i], offset, [&](auto load) {
+      ForColumns(0, args.shape.hidden, [&](auto at) {
+        StoreFloats<X>(at, sum, i == 0 ? load(at) : LoadFloats<X>(at, sum) + load(at));
+      });
+    });
+  }
+}
+
+// One pass over memory: the second sweep over a row finds it in the cache. D is dy's type, but float where dy
+// is gathered, which leaves floats in the order of Load<X>.
+template <typename X, typename D, DGamma kDGamma, Beside kBeside>
 void BackwardRows(const BackwardArgs& args, int64_t group, int64_t first, int64_t last, float* partial) {
   const int64_t hidden = args.shape.hidden;
   const float inverse_hidden = 1.0f / static_cast<float>(hidden);
@@ -105,21 +121,26 @@ void BackwardRows(const BackwardArgs& args, int64_t group, int64_t first, int64_
     if constexpr (kRearranged<X>) dgamma = dgamma_scratch.Row(hidden);
     ForColumns(0, hidden, [&](auto at) { StoreFloats<X>(at, dgamma, Broadcast(0.0f)); });
   }
+  const bool adds = kBeside == Beside::kAdd || (kBeside == Beside::kGather && args.dh != nullptr);
   for (int64_t row = first; row < last; ++row) {
     const int64_t index = group * args.shape.rows + row;
     const X* x = static_cast<const X*>(args.x) + index * hidden;
     const D* dy = static_cast<const D*>(args.dy[0]) + index * hidden;
     const X* dh = static_cast<const X*>(args.dh) + index * hidden;
     X* dx = static_cast<X*>(args.dx) + index * hidden;
-    if constexpr (kFusion == Fusion::kRotary) {
-      float* rotated = dy_scratch.Row(hidden);
-      WithRow<X>(args.dy_dtype, args.dy[0], index * hidden, [&](auto load) {
-        rotation.Rotate(index, load, [&](auto at, Floats values) { StoreFloats<X>(at, rotated, values); });
-      });
-      dy = rotated;
+    if constexpr (kBeside == Beside::kGather) {
+      float* gathered = dy_scratch.Row(hidden);
+      if (args.rotary.cos == nullptr) {
+        AddUpGradients<X>(args, index * hidden, gathered);
+      } else {
+        WithRow<X>(args.dy_dtype, args.dy[0], index * hidden, [&](auto load) {
+          rotation.Rotate(index, load, [&](auto at, Floats values) { StoreFloats<X>(at, gathered, values); });
+        });
+      }
+      dy = gathered;
     }
     const auto load_dy = [&](auto at) {
-      if constexpr (kFusion == Fusion::kRotary)
+      if constexpr (kBeside == Beside::kGather)
         return LoadFloats<X>(at, dy);
       else
         return at.Load(dy);
@@ -136,7 +157,7 @@ void BackwardRows(const BackwardArgs& args, int64_t group, int64_t first, int64_
         StoreFloats<X>(at, dgamma, LoadFloats<X>(at, dgamma) + dys * factor);
       }
       Floats gradient = (dys * LoadFloats<X>(at, gamma) - normalized * c) * rrms;
-      if constexpr (kFusion == Fusion::kAdd) gradient = gradient + at.Load(dh);
+      if (adds) gradient = gradient + at.Load(dh);
       at.Store(dx, gradient);
     });
   }
@@ -174,7 +195,7 @@ void Forward(const ForwardArgs& args, int64_t first, int64_t last) {
   }
 }
 
-template <Fusion kFusion>
+template <Beside kBeside>
 struct BackwardOf {
   const BackwardArgs& args;
   int64_t group, first, last;
@@ -183,29 +204,33 @@ struct BackwardOf {
   template <typename X, typename D>
   void operator()(X, D) const {
     if (partial == nullptr) {
-      BackwardRows<X, D, DGamma::kNone, kFusion>(args, group, first, last, partial);
+      BackwardRows<X, D, DGamma::kNone, kBeside>(args, group, first, last, partial);
     } else if (args.arithmetic.round_before_gamma) {
-      BackwardRows<X, D, DGamma::kRounded, kFusion>(args, group, first, last, partial);
+      BackwardRows<X, D, DGamma::kRounded, kBeside>(args, group, first, last, partial);
     } else {
-      BackwardRows<X, D, DGamma::kPlain, kFusion>(args, group, first, last, partial);
+      BackwardRows<X, D, DGamma::kPlain, kBeside>(args, group, first, last, partial);
     }
   }
 };
 
+// Whether gathering dy moves no value between the lanes of PureBFloat16.
+bool GathersRearranged(const BackwardArgs& args) {
+  if (args.x_dtype != DType::kBF16) return false;
+  if (args.rotary.cos != nullptr) return RotatesRearranged(args.rotary, args.shape.hidden);
+  return args.dy_dtype == DType::kBF16;
+}
+
 void Backward(const BackwardArgs& args, int64_t group, int64_t first, int64_t last, float* partial) {
   const DType x = args.x_dtype, dy = args.dy_dtype;
-  switch (FusionOf(args)) {
-    case Fusion::kNone:
-      return WithFastTypes(x, dy, BackwardOf<Fusion::kNone>{args, group, first, last, partial});
-    case Fusion::kAdd:
-      return WithFastTypes(x, dy, BackwardOf<Fusion::kAdd>{args, group, first, last, partial});
-    case Fusion::kRotary:
-      const BackwardOf<Fusion::kRotary> backward{args, group, first, last, partial};
-      if (x == DType::kBF16 && RotatesRearranged(args.rotary, args.shape.hidden)) {
-        return backward(PureBFloat16{}, float{});
-      }
-      return WithType(x, [&](auto tag) { backward(tag, float{}); });
+  if (args.gradients > 1 || args.rotary.cos != nullptr) {
+    const BackwardOf<Beside::kGather> backward{args, group, first, last, partial};
+    if (GathersRearranged(args)) return backward(PureBFloat16{}, float{});
+    return WithType(x, [&](auto tag) { backward(tag, float{}); });
   }
+  if (args.dh != nullptr) {
+    return WithFastTypes(x, dy, BackwardOf<Beside::kAdd>{args, group, first, last, partial});
+  }
+  WithFastTypes(x, dy, BackwardOf<Beside::kNothing>{args, group, first, last, partial});
 }
 
 void Finish(const BackwardArgs& args, int64_t group, int64_t count, int64_t first, int64_t last) {

@@ -1,4 +1,4 @@
-"""Primitive rms_norm_add_backward: h, rrms, dy, dh and gamma -> dx, and dgamma if there is a gamma.
+"""Primitive rms_norm_add_backward: h, rrms, dh, dy of each copy of y and gamma -> dx, and dgamma if there is a gamma.
 
 As rms_norm_backward at h, with dh, of h's shape and dtype, added to dx before that is rounded. The mathematics is
 `_reference.add_backward`.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from .. import _ffi, _reference
 from .._options import Options
 from .backward import backward
 from .common import backward_types, batch_as_groups, with_scratch, without_scratch
+from .gradients import add_up, add_up_many, gradients_attributes, split_gradients
 from .lowering import backward_attributes, register, rows_are_aligned
 
 add_backward_p = Primitive("rms_norm_add_backward")
@@ -28,54 +30,60 @@ def add_backward(
     h: jax.Array,
     gamma: jax.Array | None,
     rrms: jax.Array,
-    dy: jax.Array,
+    dys: Sequence[jax.Array],
     dh: jax.Array,
     options: Options,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns dx in h's dtype, and dgamma in gamma's dtype (None without gamma)."""
-    operands = (h, rrms, dy, dh) if gamma is None else (h, rrms, dy, dh, gamma)
-    return without_scratch(add_backward_p.bind(*operands, options=options))
+    """Returns dx in h's dtype, and dgamma in gamma's dtype (None without gamma). All dys are of one dtype."""
+    dys = add_up_many(dys)
+    operands = (h, rrms, dh, *dys) if gamma is None else (h, rrms, dh, *dys, gamma)
+    return without_scratch(add_backward_p.bind(*operands, options=options, gradients=len(dys)))
 
 
-def _abstract_eval(h: Any, rrms: Any, dy: Any, dh: Any, *gamma: Any, options: Options) -> list[Any]:
-    return backward_types(h, *gamma)
+def _abstract_eval(
+    h: Any, rrms: Any, dh: Any, *rest: Any, options: Options, gradients: int
+) -> list[Any]:
+    return backward_types(h, *rest[gradients:])
 
 
 def _reference_rule(
     h: jax.Array,
     rrms: jax.Array,
-    dy: jax.Array,
     dh: jax.Array,
-    *gamma: jax.Array,
+    *rest: jax.Array,
     options: Options,
+    gradients: int,
 ) -> list[jax.Array]:
-    gradients = _reference.add_backward(h, gamma[0] if gamma else None, rrms, dy, dh, options)
-    return with_scratch(gradients, h, *gamma)
+    dys, gamma = split_gradients(rest, gradients)
+    results = _reference.add_backward(h, gamma, rrms, dys, dh, options)
+    return with_scratch(results, h, *rest[gradients:])
 
 
-def _target_attributes(*_: Any, options: Options) -> dict[str, Any]:
-    return backward_attributes(options)
+def _target_attributes(*_: Any, options: Options, gradients: int) -> dict[str, Any]:
+    return {**backward_attributes(options), **gradients_attributes(gradients)}
 
 
-def _fuses(h: Any, rrms: Any, dy: Any, *_: Any, options: Options) -> bool:
+def _fuses(h: Any, rrms: Any, dh: Any, dy: Any, *_: Any, options: Options, gradients: int) -> bool:
     return rows_are_aligned(h.shape[-1], h.dtype, dy.dtype)
 
 
 def _unfused(
     h: jax.Array,
     rrms: jax.Array,
-    dy: jax.Array,
     dh: jax.Array,
-    *gamma: jax.Array,
+    *rest: jax.Array,
     options: Options,
+    gradients: int,
 ) -> list[jax.Array]:
-    g = gamma[0] if gamma else None
+    dys, gamma = split_gradients(rest, gradients)
+    dys = [add_up(dys)]
     # In float32 on its way to the sum, so that dx is rounded once.
     wide = dataclasses.replace(options, rounding="once")
-    dx, dgamma = backward(h.astype(jnp.float32), g, rrms, dy, wide)
-    if options.rounding == "before_gamma" and g is not None:
-        _, dgamma = backward(h, g, rrms, dy, options)  # of the value rounded to h's own dtype
-    return with_scratch(((dx + dh.astype(jnp.float32)).astype(h.dtype), dgamma), h, *gamma)
+    dx, dgamma = backward(h.astype(jnp.float32), gamma, rrms, dys, wide)
+    if options.rounding == "before_gamma" and gamma is not None:
+        _, dgamma = backward(h, gamma, rrms, dys, options)  # of the value rounded to h's own dtype
+    dx = (dx + dh.astype(jnp.float32)).astype(h.dtype)
+    return with_scratch((dx, dgamma), h, *rest[gradients:])
 
 
 register(

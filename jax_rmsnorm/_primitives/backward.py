@@ -1,4 +1,4 @@
-"""Primitive rms_norm_backward: x, rrms, dy and gamma -> dx, and dgamma if there is a gamma.
+"""Primitive rms_norm_backward: x, rrms, dy of each copy of y and gamma -> dx, and dgamma if there is a gamma.
 
 Shapes as for rms_norm_forward; dgamma has gamma's. The mathematics is `_reference.backward`.
 """
@@ -6,6 +6,7 @@ Shapes as for rms_norm_forward; dgamma has gamma's. The mathematics is `_referen
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,33 +15,50 @@ from jax.extend.core import Primitive
 from .. import _ffi, _reference
 from .._options import Options
 from .common import backward_types, batch_as_groups, with_scratch, without_scratch
-from .lowering import backward_attributes, register
+from .gradients import add_up, add_up_many, gradients_attributes, split_gradients
+from .lowering import backward_attributes, register, rows_are_aligned
 
 backward_p = Primitive("rms_norm_backward")
 backward_p.multiple_results = True
 
 
 def backward(
-    x: jax.Array, gamma: jax.Array | None, rrms: jax.Array, dy: jax.Array, options: Options
+    x: jax.Array,
+    gamma: jax.Array | None,
+    rrms: jax.Array,
+    dys: Sequence[jax.Array],
+    options: Options,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns dx in x's dtype, and dgamma in gamma's dtype (None without gamma)."""
-    operands = (x, rrms, dy) if gamma is None else (x, rrms, dy, gamma)
-    return without_scratch(backward_p.bind(*operands, options=options))
+    """Returns dx in x's dtype, and dgamma in gamma's dtype (None without gamma). All dys are of one dtype."""
+    dys = add_up_many(dys)
+    operands = (x, rrms, *dys) if gamma is None else (x, rrms, *dys, gamma)
+    return without_scratch(backward_p.bind(*operands, options=options, gradients=len(dys)))
 
 
-def _abstract_eval(x: Any, rrms: Any, dy: Any, *gamma: Any, options: Options) -> list[Any]:
-    return backward_types(x, *gamma)
+def _abstract_eval(x: Any, rrms: Any, *rest: Any, options: Options, gradients: int) -> list[Any]:
+    return backward_types(x, *rest[gradients:])
 
 
 def _reference_rule(
-    x: jax.Array, rrms: jax.Array, dy: jax.Array, *gamma: jax.Array, options: Options
+    x: jax.Array, rrms: jax.Array, *rest: jax.Array, options: Options, gradients: int
 ) -> list[jax.Array]:
-    gradients = _reference.backward(x, gamma[0] if gamma else None, rrms, dy, options)
-    return with_scratch(gradients, x, *gamma)
+    dys, gamma = split_gradients(rest, gradients)
+    return with_scratch(_reference.backward(x, gamma, rrms, dys, options), x, *rest[gradients:])
 
 
-def _target_attributes(*_: Any, options: Options) -> dict[str, Any]:
-    return backward_attributes(options)
+def _target_attributes(*_: Any, options: Options, gradients: int) -> dict[str, Any]:
+    return {**backward_attributes(options), **gradients_attributes(gradients)}
+
+
+def _fuses(x: Any, rrms: Any, dy: Any, *_: Any, options: Options, gradients: int) -> bool:
+    return gradients == 1 or rows_are_aligned(x.shape[-1], x.dtype, dy.dtype)
+
+
+def _unfused(
+    x: jax.Array, rrms: jax.Array, *rest: jax.Array, options: Options, gradients: int
+) -> list[jax.Array]:
+    dys, gamma = split_gradients(rest, gradients)
+    return with_scratch(backward(x, gamma, rrms, [add_up(dys)], options), x, *rest[gradients:])
 
 
 register(
@@ -50,4 +68,6 @@ register(
     reference=_reference_rule,
     target=_ffi.BACKWARD,
     target_attributes=_target_attributes,
+    fuses=_fuses,
+    unfused=_unfused,
 )

@@ -80,7 +80,7 @@ def _unfused(
     options: Options,
 ) -> list[jax.Array]:
     dy = _reference.rotate(dy.astype(jnp.float32), cos, -sin, options)
-    return with_scratch(backward(x, gamma[0] if gamma else None, rrms, dy, options), x, *gamma)
+    return with_scratch(backward(x, gamma[0] if gamma else None, rrms, [dy], options), x, *gamma)
 
 
 def _batch(operands: Any, axes: Any, *, options: Options) -> Any:
