@@ -118,9 +118,19 @@ __device__ __forceinline__ void StoreBlockDgamma(const BackwardParams& params, i
   __syncthreads();
 #pragma unroll
   for (int k = 0; k < kPackets; ++k) {
+    if constexpr (kAligned) {  // words as wide as can be: single ones of neighbours meet in the same banks
+      constexpr int kWord = kSize < 4 ? kSize : 4;
+      const uint32_t to = SharedAddress(shares) + (slot * hidden + column[k]) * 4;
+      Packet<float, kSize> packet;
+      packet.Set(dgamma[k]);
+      if (column[k] >= hidden) continue;
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      if (column[k] + i < hidden) shares[slot * hidden + column[k] + i] = dgamma[k][i];
+      for (int i = 0; i < kSize; i += kWord) StoreShared<kWord * 4>(to + i * 4, packet.registers + i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        if (column[k] + i < hidden) shares[slot * hidden + column[k] + i] = dgamma[k][i];
+      }
     }
   }
   __syncthreads();
