@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import numpy as np
 import oracle
@@ -37,3 +39,11 @@ def assert_same_kind(actual, expected) -> None:
     )
     finite = np.isfinite(expected)
     np.testing.assert_allclose(actual[finite], expected[finite], rtol=0.02, atol=1e-6)
+
+
+def in_float64(f, *arguments):
+    """``f`` of the arguments in float64, in plain JAX."""
+    with jax.enable_x64(True):
+        wide = [np.asarray(a, np.float64) for a in arguments]
+        plain = jax.jit(functools.partial(f, implementation="xla"))
+        return jax.tree.map(np.asarray, plain(*wide))

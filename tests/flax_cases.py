@@ -56,13 +56,14 @@ def draw_input(shape: tuple[int, ...], dtype: Any = F32, seed: int = 0) -> jax.A
     """Rows of very different size: a mean over the wrong axis cannot pass."""
     rng = np.random.default_rng(seed)
     rows = np.exp(rng.uniform(-3, 3, (*shape[:-1], 1)))
-    return jnp.asarray(rows * rng.normal(size=shape), dtype)
+    return jax.device_put((rows * rng.normal(size=shape)).astype(dtype))
 
 
 def draw_scale(shape: tuple[int, ...], dtype: Any = F32, seed: int = 1) -> jax.Array:
     """Both signs, none near zero."""
     rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.choice([-1, 1, 1], shape) * rng.uniform(0.4, 1.6, shape), dtype)
+    values = rng.choice([-1, 1, 1], shape) * rng.uniform(0.4, 1.6, shape)
+    return jax.device_put(values.astype(dtype))
 
 
 INPUT = draw_input((2, 3, H))

@@ -75,7 +75,7 @@ def test_x_and_dy_in(operand, alone, half, hidden):
     ones = jnp.ones(values.shape, jnp.float32)
     other = ones.astype(half) if alone else ones
     x, dy = (values, other) if operand == "x" else (other, values)
-    _, dgamma = backward(x, ones[:, 0], ones[..., 0], dy, options())
+    _, dgamma = backward(x, ones[:, 0], ones[..., 0], [dy], options())
     assert_equal(dgamma, np.float32(0) + flushed(np.asarray(values)))  # a sum from zero: no -0
 
 
@@ -109,8 +109,10 @@ def test_dx_and_dgamma_out(half):
     values = values[np.isfinite(values)]
     ones = jnp.ones((1, values.size), jnp.float32)
     gamma = jnp.ones(values.size, half)
-    dx, _ = backward(jnp.zeros((1, values.size), half), gamma, ones[:, 0], values[None], options())
-    _, dgamma = backward(ones, gamma, ones[:, 0], values[None], options())
+    dx, _ = backward(
+        jnp.zeros((1, values.size), half), gamma, ones[:, 0], [values[None]], options()
+    )
+    _, dgamma = backward(ones, gamma, ones[:, 0], [values[None]], options())
     assert_equal(dx, values.astype(half)[None])
     assert_equal(dgamma, (np.float32(0) + values).astype(half))
 
@@ -121,7 +123,7 @@ def test_dx_out_of_halves(half, hidden):
     values = floats_between(half)
     gamma = grouped(values[np.isfinite(values)], hidden)
     zeros = jnp.zeros((len(gamma), 1, hidden), half)
-    dx, _ = backward(zeros, gamma, jnp.ones((len(gamma), 1)), jnp.ones_like(zeros), options())
+    dx, _ = backward(zeros, gamma, jnp.ones((len(gamma), 1)), [jnp.ones_like(zeros)], options())
     assert_equal(dx, gamma.astype(half))
 
 
@@ -134,6 +136,6 @@ def test_rounding_before_gamma(alone, half, rrms):
     ones = jnp.ones((1, x.size), jnp.float32)
     dy = ones.astype(half) if alone else ones
     opts = options(rounding="before_gamma")
-    _, dgamma = backward(x[None], ones[0], np.float32([rrms]), dy, opts)
+    _, dgamma = backward(x[None], ones[0], np.float32([rrms]), [dy], opts)
     rounded = flushed(flushed(x) * np.float32(rrms)).astype(half)
     assert_equal(dgamma, np.float32(0) + rounded.astype(np.float32))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checks import draw
-from compare import assert_near
+from compare import assert_near, in_float64
 from jax.test_util import check_grads
 
 from jax_rmsnorm import rms_norm
@@ -22,13 +22,6 @@ OPTIONS = [{}, {"rounding": "before_gamma"}, {"zero_centered_gamma": True, "eps"
 def loss(x, gamma, **options):
     y = rms_norm(x, gamma, **options)
     return jnp.sum(jnp.sin(y) * WEIGHTS.astype(y.dtype))
-
-
-def in_float64(f, *arguments):
-    """``f`` of the arguments in float64, in plain JAX."""
-    with jax.enable_x64(True):
-        wide = [np.asarray(a, np.float64) for a in arguments]
-        return jax.tree.map(np.asarray, f(*wide, implementation="xla"))
 
 
 def grad_of_grad(x, gamma, **options):
@@ -74,7 +67,8 @@ def test_grad_of_grad_without_gamma():
 @pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float16", "bfloat16")], ids=str)
 def test_grad_of_grad_in_half_precision(dtypes):
     x, gamma = X.astype(dtypes[0]), GAMMA.astype(dtypes[1])
-    actual = grad_of_grad(x, gamma, dtype=jnp.float32, implementation="kernel")
+    derivative = functools.partial(grad_of_grad, dtype=jnp.float32, implementation="kernel")
+    actual = jax.jit(derivative)(x, gamma)
     assert [a.dtype for a in actual] == [jnp.dtype(dtype) for dtype in dtypes]
     expected = in_float64(grad_of_grad, x, gamma)
     assert_near(actual, expected, 4 * max(float(jnp.finfo(dtype).eps) for dtype in dtypes))
@@ -125,5 +119,6 @@ def test_hessian_in_plain_jax():
     def cube(x, implementation):
         return jnp.sum(rms_norm(x, GAMMA, implementation=implementation) ** 3)
 
-    expected = jax.jacrev(jax.grad(cube))(X, "kernel")
-    assert_near(jax.hessian(cube)(X, "xla"), expected, 1e-4)
+    expected = jax.jit(jax.jacrev(jax.grad(cube)), static_argnums=1)(X, "kernel")
+    actual = jax.jit(jax.hessian(cube), static_argnums=1)(X, "xla")
+    assert_near(actual, expected, 1e-4)

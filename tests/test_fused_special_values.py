@@ -18,7 +18,16 @@ LENGTH, HEADS = 12, 2
 # Quiet and signalling NaNs of float32, one without a bit among bfloat16's; the carry of a rounding would make the
 # second a negative zero.
 NANS = np.array([0x7FC00000, 0x7FFFFFFF, 0x7F800001, 0xFF800001], np.uint32).view(np.float32)
-dtypes = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def cases(places: tuple[str, ...], layouts: tuple) -> list[tuple]:
+    """Every place with every two dtypes, in layouts by turns, so that each meets each place and each dtype."""
+    return [
+        (place, dtype, other, layouts[(i + j + k) % len(layouts)])
+        for i, place in enumerate(places)
+        for j, dtype in enumerate(DTYPES)
+        for k, other in enumerate(DTYPES)
+    ]
 
 
 def draw_special(seed: int, shape, dtype) -> jax.Array:
@@ -35,24 +44,25 @@ def draw_special(seed: int, shape, dtype) -> jax.Array:
     return jnp.asarray(values)
 
 
-def assert_same_kinds(f, *operands, cotangents) -> list[np.ndarray]:
-    """Results and gradients of the kernels against those of plain JAX, which it returns."""
-    results = {}
-    for implementation in ("kernel", "xla"):
-        y, vjp = jax.vjp(functools.partial(f, implementation=implementation), *operands)
-        results[implementation] = jax.tree.leaves((y, vjp(cotangents)))
-    wide = [oracle.to64(e) for e in results["xla"]]
+def assert_same_kinds(gradients, *operands) -> list[np.ndarray]:
+    """What the kernels return against what plain JAX does, which it returns."""
+
+    @jax.jit
+    def run(*operands):
+        return [gradients(*operands, implementation=name) for name in ("kernel", "xla")]
+
+    kernel, plain = run(*operands)
+    wide = [oracle.to64(e) for e in plain]
     assert any(np.isnan(e).any() for e in wide)
-    for actual, expected in zip(results["kernel"], wide, strict=True):
+    for actual, expected in zip(kernel, wide, strict=True):
         assert_same_kind(actual, expected)
     return wide
 
 
-@dtypes
-@pytest.mark.parametrize("other", DTYPES)
-@pytest.mark.parametrize("where", ["x", "residual", "dh"])
-@pytest.mark.parametrize("hidden", [37, 128])
-def test_add_rms_norm(where, hidden, other, dtype):
+@pytest.mark.parametrize(
+    ("where", "dtype", "other", "hidden"), cases(("x", "residual", "dh"), (37, 128))
+)
+def test_add_rms_norm(where, dtype, other, hidden):
     shape = (LENGTH, hidden)
     kinds = {"x": other, "residual": dtype, "dh": dtype}
     x, residual, dh = (
@@ -60,19 +70,24 @@ def test_add_rms_norm(where, hidden, other, dtype):
         for seed, (name, kind) in enumerate(kinds.items())
     )
     gamma, dy = draw(3, hidden, jnp.float32), draw(4, shape, dtype)
-    norm = functools.partial(add_rms_norm, dtype=dtype)
-    expected = assert_same_kinds(norm, x, residual, gamma, cotangents=(dy, dh))
+
+    def gradients(x, residual, gamma, dy, dh, implementation):
+        norm = functools.partial(add_rms_norm, dtype=dtype, implementation=implementation)
+        results, vjp = jax.vjp(norm, x, residual, gamma)
+        return *results, *vjp((dy, dh))
+
+    expected = assert_same_kinds(gradients, x, residual, gamma, dy, dh)
     assert any(np.isinf(e).any() for e in expected)
 
 
-@dtypes
-@pytest.mark.parametrize("other", DTYPES)
-@pytest.mark.parametrize("where", ["x", "cos", "sin", "dy"])
+LAYOUTS = ((37, 26, False), (37, 26, True), (128, 128, False), (128, 64, True))
+
+
 @pytest.mark.parametrize(
-    ("hidden", "width", "interleaved"),
-    [(37, 26, False), (37, 26, True), (128, 128, False), (128, 64, True)],
+    ("where", "dtype", "other", "layout"), cases(("x", "cos", "sin", "dy"), LAYOUTS)
 )
-def test_rms_norm_rope(where, hidden, width, interleaved, other, dtype):
+def test_rms_norm_rope(where, dtype, other, layout):
+    hidden, width, interleaved = layout
     shape = (LENGTH, HEADS, hidden)
     table = (LENGTH, width // 2)
     operands = {
@@ -86,8 +101,11 @@ def test_rms_norm_rope(where, hidden, width, interleaved, other, dtype):
         for seed, (name, operand) in enumerate(operands.items())
     )
 
-    def norm(x, gamma, **options):
-        return rms_norm_rope(x, gamma, cos, sin, interleaved=interleaved, **options)
+    def gradients(x, gamma, cos, sin, dy, implementation):
+        options = {"interleaved": interleaved, "implementation": implementation}
+        y, vjp = jax.vjp(lambda x, g: rms_norm_rope(x, g, cos, sin, **options), x, gamma)
+        return y, *vjp(dy)
 
-    expected = assert_same_kinds(norm, x, draw(4, hidden, jnp.float32), cotangents=dy)
+    gamma = draw(4, hidden, jnp.float32)
+    expected = assert_same_kinds(gradients, x, gamma, cos, sin, dy)
     assert where == "x" or any(np.isinf(e).any() for e in expected)  # x: inf · 0

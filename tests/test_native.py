@@ -20,7 +20,7 @@ ARITHMETIC = {
 def call(target, operands, results, attributes):
     """The handler, called with anything; operands and results are (dtype, shape)."""
     structs = [jax.ShapeDtypeStruct(shape, dtype) for dtype, *shape in results]
-    arrays = [jnp.ones(shape, dtype) for dtype, *shape in operands]
+    arrays = [np.ones(shape, dtype) for dtype, *shape in operands]
     # A fresh jit each time: JAX's cache takes np.float32(0) and np.float64(0) for the same attribute.
     out = jax.jit(lambda *a: jax.ffi.ffi_call(target, structs)(*a, **attributes))(*arrays)
     return [np.asarray(array) for array in out]

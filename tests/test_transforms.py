@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from batching import BATCH, batched, loop
 from checks import draw
 from compare import assert_near, assert_same_bits
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_rmsnorm import rms_norm
 
-BATCH, ROWS, HIDDEN = 3, 4, 21
+ROWS, HIDDEN = 4, 21
 SHAPES = ((ROWS, HIDDEN), (HIDDEN,), (ROWS, HIDDEN))
 F32 = jnp.float32
 
@@ -34,15 +35,6 @@ def operands(axes: tuple[int | None, ...], dtypes=(F32,) * 3) -> list[jax.Array]
     return arrays
 
 
-def loop(f, arrays, axes):
-    """What jax.vmap(f, axes) promises, without it."""
-    examples = [
-        [a if axis is None else jnp.take(a, i, axis) for a, axis in zip(arrays, axes, strict=True)]
-        for i in range(BATCH)
-    ]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(f(*example) for example in examples))
-
-
 COMBINATIONS = [
     axes
     for axes in itertools.product((None, 0, 1, 2), (None, 0, 1), (None, 0, 1))
@@ -53,7 +45,8 @@ COMBINATIONS = [
 @pytest.mark.parametrize("axes", COMBINATIONS, ids=str)
 def test_vmap(axes):
     arrays = operands(axes)
-    assert_same_bits(jax.jit(jax.vmap(results, axes))(*arrays), loop(results, arrays, axes))
+    expected = loop(jax.jit(results), arrays, axes)
+    assert_same_bits(jax.jit(jax.vmap(results, axes))(*arrays), expected)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +58,7 @@ def test_vmap_of_mixed_dtypes(options):
 
     axes = (1, 0, 2)
     arrays = operands(axes, (jnp.bfloat16, jnp.float32, jnp.float16))
-    assert_same_bits(jax.vmap(f, axes)(*arrays), loop(f, arrays, axes))
+    assert_same_bits(jax.vmap(f, axes)(*arrays), loop(jax.jit(f), arrays, axes))
 
 
 @pytest.mark.parametrize("axes", [(0, 0), (2, 0), (None, 0), (0, None)], ids=str)
@@ -75,7 +68,7 @@ def test_vmap_without_gamma(axes):
         return y, *vjp(dy)
 
     x, _, dy = operands((axes[0], None, axes[1]))
-    assert_same_bits(jax.vmap(f, axes)(x, dy), loop(f, (x, dy), axes))
+    assert_same_bits(jax.vmap(f, axes)(x, dy), loop(jax.jit(f), (x, dy), axes))
 
 
 @pytest.mark.parametrize(
@@ -85,11 +78,8 @@ def test_vmap_without_gamma(axes):
     "outer", [(0, None, 0), (None, 0, 0), (2, 1, 0), (0, None, None), (None, 0, None)], ids=str
 )
 def test_nested_vmap(inner, outer):
-    arrays = [
-        a if axis is None else jnp.stack([a, -2 * a, a * a], axis)
-        for a, axis in zip(operands(inner), outer, strict=True)
-    ]
-    expected = loop(lambda *a: loop(results, a, inner), arrays, outer)
+    arrays = batched(operands(inner), outer)
+    expected = loop(lambda *a: loop(jax.jit(results), a, inner), arrays, outer)
     assert_same_bits(jax.jit(jax.vmap(jax.vmap(results, inner), outer))(*arrays), expected)
 
 

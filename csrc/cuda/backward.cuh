@@ -79,35 +79,32 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
   const auto shift_of = [](int64_t start) { return kAligned ? 0 : static_cast<int>(start & (kSize - 1)); };
 
   const int64_t items = args.shape.groups * params.blocks_per_group;
-  const int64_t step = params.blocks_per_group * slots;
-  const int64_t row_step = step * hidden;
   unsigned turn = 0;  // counted on from item to item, for row_sum
   for (int64_t item = blockIdx.x / place.blocks; item < items; item += gridDim.x / place.blocks) {
-    const int64_t group = item / params.blocks_per_group;
-    const int64_t block = item % params.blocks_per_group;
-
-    // All slots of a block make the same number of turns; a slot without a row only takes part in the sums.
-    const int64_t first = block * slots;
-    const int turns = static_cast<int>(first < rows ? (rows - first + step - 1) / step : 0);
-    const int my_turns = static_cast<int>(first + slot < rows ? (rows - first - slot + step - 1) / step : 0);
-    const int64_t my_row = group * rows + first + slot;
-
-    int64_t start = my_row * hidden;
+    const Turns<> turns(args.shape, params.blocks_per_group, item, slots, slot);
+    const int64_t row_step = turns.step * hidden;
+    int64_t start = turns.row * hidden;
     // Copies a unit of the row at element `begin`, from packet `unit` on, to the ring's row at place `at`.
     const auto copy = [&](int at, int unit, int64_t begin, bool inside) {
-      const int shift = shift_of(begin);
 #pragma unroll
       for (int k = unit; k < unit + kUnit; ++k) {
-        if (!inside || column[k] - shift >= hidden) continue;
-        const bool whole = begin + hidden + 2 * kSize <= elements;
-        x_ring.Copy(at + k, begin + column[k] - shift, whole);
-        dy_ring.Copy(at + k, begin + column[k] - shift, whole);
+        const int shift = shift_of(begin);
+        const int64_t first = begin + column[k] - shift;
+        const bool copied = inside && column[k] - shift < hidden;
+        if constexpr (kAligned) {
+          x_ring.Copy(at + k, first, copied);
+          dy_ring.Copy(at + k, first, copied);
+        } else if (copied) {
+          const bool whole = begin + hidden + 2 * kSize <= elements;
+          x_ring.CopyUnaligned(at + k, first, whole);
+          dy_ring.CopyUnaligned(at + k, first, whole);
+        }
         if constexpr (kAdd) {
-          if (args.dh != nullptr) dh_ring.Copy(at + k, begin + column[k], true);
+          if (args.dh != nullptr) dh_ring.Copy(at + k, first, copied);
 #pragma unroll
           for (int g = 1; g < kMostGradients; ++g) {
             if (g >= args.gradients) break;
-            dy_ring.CopyFrom(args.dy[g], at + k, begin + column[k], gradient(g));
+            dy_ring.CopyFrom(args.dy[g], at + k, first, copied, gradient(g));
           }
         }
       }
@@ -116,26 +113,19 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
 #pragma unroll
     for (int t = 0; t < kAhead; ++t) {
 #pragma unroll
-      for (int k = 0; k < kPackets; k += kUnit) copy(t * kPackets, k, start + t * row_step, t < my_turns);
+      for (int k = 0; k < kPackets; k += kUnit) copy(t * kPackets, k, start + t * row_step, t < turns.own);
     }
 
-    const float* rrms_of = args.rrms + my_row;
-    float next_rrms = my_turns > 0 ? *rrms_of : 0.0f;
+    const float* rrms_of = args.rrms + turns.row;
+    float next_rrms = turns.own > 0 ? *rrms_of : 0.0f;
 
-    const int64_t gamma_start = group * hidden;
+    const int64_t gamma_start = turns.group * hidden;
     float gamma[kPackets][kSize], dgamma[kPackets][kSize];
 #pragma unroll
     for (int k = 0; k < kPackets; ++k) {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) gamma[k][i] = dgamma[k][i] = 0.0f;
-      if (column[k] < hidden) {
-        LoadGamma<kAligned>(args, gamma_start, column[k], gamma[k]);
-      } else if (kAligned) {  // nothing is copied there
-        for (int to = k; to < kPlaces; to += kPackets) {
-          x_ring.Zero(to);
-          for (int g = 0; g < (kAdd ? args.gradients : 1); ++g) dy_ring.Zero(to, g == 0 ? 0 : gradient(g));
-        }
-      }
+      if (column[k] < hidden) LoadGamma<kAligned>(args, gamma_start, column[k], gamma[k]);
       if constexpr (!kAligned) {
         ZeroBeyond(hidden, column[k], gamma[k]);
         float before[kSize] = {};
@@ -149,21 +139,21 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
     // The ring's places of the rows of this turn and of the last one, and of the row to be copied.
     int from = 0, last_from = 0, to = kAhead * kPackets;
 #pragma unroll 1
-    for (int t = 0; t <= turns; ++t) {
+    for (int t = 0; t <= turns.all; ++t) {
       const float last_rrms = rrms;
-      if (t < turns) {
+      if (t < turns.all) {
         rrms = next_rrms;
-        rrms_of += step;
-        next_rrms = t + 1 < my_turns ? *rrms_of : 0.0f;
+        rrms_of += turns.step;
+        next_rrms = t + 1 < turns.own ? *rrms_of : 0.0f;
         float sum = 0.0f;
 #pragma unroll
         for (int k = 0; k < kPackets; ++k) {
           if (k % kUnit == 0) {
             WaitCopies<kAhead * kPackets / kUnit - 1>();
-            copy(to, k, start + kAhead * row_step, t + kAhead < my_turns);
+            copy(to, k, start + kAhead * row_step, t + kAhead < turns.own);
           }
           if constexpr (!kAligned) __syncwarp();  // for the copies of the next lane
-          if (t >= my_turns) continue;
+          if (!kAligned && t >= turns.own) continue;
           float x[kSize], dy[kSize];
           if constexpr (kAligned) {
             x_ring.Read(from + k).Get(x);
@@ -183,7 +173,7 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
       if (t > 0) {
         const float mean = row_sum.Wait(turn + t - 1) * params.inverse_hidden;
         const float slope = Slope(last_rrms, mean);
-        if (t <= my_turns) {
+        if (t <= turns.own) {
           const int64_t last_start = start - row_step;
           const int shift = shift_of(last_start);
 #pragma unroll
@@ -201,7 +191,7 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
               }
               Packet<T, kSize> packet;
               packet.Set(dx);
-              if (first_column < hidden) packet.Store(dx_at);
+              packet.Store(dx_at, first_column < hidden);
             } else {
               float gamma_here[kSize];
               table.Read(k, shift, gamma_here);
@@ -216,12 +206,12 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
       from = from + kPackets == kPlaces ? 0 : from + kPackets;
       to = to + kPackets == kPlaces ? 0 : to + kPackets;
     }
-    turn += turns;
+    turn += turns.all;
     WaitCopies<0>();
     if constexpr (!kAligned) __syncthreads();  // the table is read no more
     if (args.dgamma == nullptr) continue;
 
-    StoreBlockDgamma<kAligned>(params, group, block, slots, slot, column, dgamma,
+    StoreBlockDgamma<kAligned>(params, turns.group, turns.block, slots, slot, column, dgamma,
                                reinterpret_cast<float*>(shared));
   }
 }
@@ -260,12 +250,13 @@ auto FindBackwardFew(const LaunchConfig& config) -> void (*)(BackwardParams) {
 
 // The kernel that `config` asks for; the packet counts are those that ConfigureBackward hands out.
 template <typename T, typename D>
-auto FindBackward(const LaunchConfig& config, Fusion fusion) -> void (*)(BackwardParams) {
+auto FindBackward(const LaunchConfig& config, const BackwardArgs& args) -> void (*)(BackwardParams) {
   constexpr int kSize = 16 / (sizeof(T) < sizeof(D) ? sizeof(T) : sizeof(D));
   if (config.scope == Scope::kLoop) {
     return config.aligned ? BackwardLoopKernel<T, D, kSize> : BackwardLoopKernel<T, D, 1>;
   }
-  if (fusion == Fusion::kRotary) return FindBackwardRotary<T, D, kSize>(config);
+  if (FusionOf(args) == Fusion::kRotary)
+    return FindBackwardRotary<T, D, kSize>(config, args.rotary.interleaved);
   if (config.method == Method::kFew) return FindBackwardFew<T, D, kSize>(config);
   if (!config.aligned) {
     if constexpr (std::is_same_v<T, D>) {
@@ -274,8 +265,8 @@ auto FindBackward(const LaunchConfig& config, Fusion fusion) -> void (*)(Backwar
     }
     return nullptr;
   }
-  return fusion == Fusion::kAdd ? FindBackwardAligned<T, D, kSize, Fusion::kAdd>(config)
-                                : FindBackwardAligned<T, D, kSize, Fusion::kNone>(config);
+  return FusionOf(args) == Fusion::kAdd ? FindBackwardAligned<T, D, kSize, Fusion::kAdd>(config)
+                                        : FindBackwardAligned<T, D, kSize, Fusion::kNone>(config);
 }
 
 template <typename T, typename D>
@@ -286,7 +277,7 @@ cudaError_t LaunchBackwardAs(const BackwardArgs& args, const LaunchConfig& confi
                               config.blocks_per_group,
                               config.tiles,
                               RotaryPlaces(args.rotary)};
-  return LaunchKernel(FindBackward<T, D>(config, FusionOf(args)), params, config, stream);
+  return LaunchKernel(FindBackward<T, D>(config, args), params, config, stream);
 }
 
 }  // namespace jax_rmsnorm

@@ -63,14 +63,15 @@ __device__ __forceinline__ void AddPacket(const Packet<T, kSize>& packet, float 
   for (int i = 0; i < kSize; ++i) values[i] += more[i];
 }
 
-// dy += the gradients of y beyond the first, at the kSize columns from element `at` on.
+// dy += the gradients of y beyond the first, at the kSize columns from element `at` on, if `inside`.
 template <typename D, int kSize>
-__device__ __forceinline__ void AddGradients(const BackwardArgs& args, int64_t at, float (&dy)[kSize]) {
+__device__ __forceinline__ void AddGradients(const BackwardArgs& args, int64_t at, bool inside,
+                                             float (&dy)[kSize]) {
 #pragma unroll
   for (int g = 1; g < kMostGradients; ++g) {
     if (g >= args.gradients) return;
     Packet<D, kSize> packet;
-    packet.Load(static_cast<const D*>(args.dy[g]) + at);
+    packet.Load(static_cast<const D*>(args.dy[g]) + at, inside);
     AddPacket(packet, dy);
   }
 }
@@ -117,9 +118,19 @@ __device__ __forceinline__ void StoreBlockDgamma(const BackwardParams& params, i
   __syncthreads();
 #pragma unroll
   for (int k = 0; k < kPackets; ++k) {
+    if constexpr (kAligned) {  // words as wide as can be: single ones of neighbours meet in the same banks
+      constexpr int kWord = kSize < 4 ? kSize : 4;
+      const uint32_t to = SharedAddress(shares) + (slot * hidden + column[k]) * 4;
+      Packet<float, kSize> packet;
+      packet.Set(dgamma[k]);
+      if (column[k] >= hidden) continue;
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      if (column[k] + i < hidden) shares[slot * hidden + column[k] + i] = dgamma[k][i];
+      for (int i = 0; i < kSize; i += kWord) StoreShared<kWord * 4>(to + i * 4, packet.registers + i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        if (column[k] + i < hidden) shares[slot * hidden + column[k] + i] = dgamma[k][i];
+      }
     }
   }
   __syncthreads();

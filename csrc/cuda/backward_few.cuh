@@ -7,8 +7,10 @@
 
 namespace jax_rmsnorm {
 
+// kMore, here and below: there is more than one gradient of y.
+
 // dx of the rows of one block: a row for every threads_per_row threads, with the bits of BackwardKernel.
-template <typename T, typename D, int kSize, int kPackets, Scope kScope>
+template <typename T, typename D, int kSize, int kPackets, Scope kScope, bool kMore>
 __device__ __forceinline__ void DifferentiateRows(const BackwardParams& params, int64_t block) {
   const BackwardArgs& args = params.args;
   const int hidden = static_cast<int>(args.shape.hidden);
@@ -25,52 +27,50 @@ __device__ __forceinline__ void DifferentiateRows(const BackwardParams& params, 
   Packet<D, kSize> dy[kPackets];
   Packet<T, kSize> dh[kPackets];
   const auto column = [&](int k) { return (k * threads + thread) * kSize; };
+  const auto inside = [&](int k) { return live && column(k) < hidden; };
   const int64_t start = row * hidden;
 #pragma unroll
   for (int k = 0; k < kPackets; ++k) {
-    x[k].SetZero();
-    dy[k].SetZero();
-    dh[k].SetZero();
-    if (!live || column(k) >= hidden) continue;
-    x[k].Load(static_cast<const T*>(args.x) + start + column(k));
-    dy[k].Load(static_cast<const D*>(args.dy[0]) + start + column(k));
-    if (args.dh != nullptr) dh[k].Load(static_cast<const T*>(args.dh) + start + column(k));
+    x[k].Load(static_cast<const T*>(args.x) + start + column(k), inside(k));
+    dy[k].Load(static_cast<const D*>(args.dy[0]) + start + column(k), inside(k));
+    dh[k].Load(static_cast<const T*>(args.dh) + start + column(k), inside(k) && args.dh != nullptr);
   }
   const float rrms = live ? args.rrms[row] : 0.0f;
-  float gamma[kPackets][kSize] = {};
+  float gamma[kPackets][kSize];
   float sum = 0.0f;
+  WithType(args.gamma_dtype, [&](auto tag) {
 #pragma unroll
-  for (int k = 0; k < kPackets; ++k) {
-    if (live && column(k) < hidden) LoadGamma<true>(args, group * hidden, column(k), gamma[k]);
-  }
+    for (int k = 0; k < kPackets; ++k) {
+      LoadGammaAs<decltype(tag), true>(args, group * hidden, column(k), gamma[k], inside(k));
+    }
+  });
 #pragma unroll
   for (int k = 0; k < kPackets; ++k) {
     float xs[kSize], dys[kSize], unused[kSize] = {};
     x[k].Get(xs);
     dy[k].Get(dys);
-    if (live && column(k) < hidden) AddGradients<D>(args, start + column(k), dys);
+    if constexpr (kMore) AddGradients<D>(args, start + column(k), inside(k), dys);
     sum += Accumulate<T>(xs, dys, gamma[k], rrms, false, unused);
   }
   const float mean = row_sum(sum) * params.inverse_hidden;
   const float slope = Slope(rrms, mean);
 #pragma unroll
   for (int k = 0; k < kPackets; ++k) {
-    if (!live || column(k) >= hidden) continue;
     float xs[kSize], dys[kSize], dx[kSize];
     x[k].Get(xs);
     dy[k].Get(dys);
-    AddGradients<D>(args, start + column(k), dys);
+    if constexpr (kMore) AddGradients<D>(args, start + column(k), inside(k), dys);
     Differentiate(xs, dys, gamma[k], rrms, slope, dx);
     AddPacket(dh[k], dx);
     Packet<T, kSize> packet;
     packet.Set(dx);
-    packet.Store(static_cast<T*>(args.dx) + start + column(k));
+    packet.Store(static_cast<T*>(args.dx) + start + column(k), inside(k));
   }
 }
 
 // dgamma at the columns of one tile: eight lanes side by side, and all rows of the group dealt out to the
 // block's runs of eight.
-template <typename T, typename D, int kSize>
+template <typename T, typename D, int kSize, bool kMore>
 __device__ __forceinline__ void SumTile(const BackwardParams& params, int64_t group, int tile) {
   __shared__ float sums[kMaxThreads / 32][kTilePackets * kSize];
   const BackwardArgs& args = params.args;
@@ -93,7 +93,7 @@ __device__ __forceinline__ void SumTile(const BackwardParams& params, int64_t gr
       float xs[kSize], dys[kSize], ones[kSize];
       x.Get(xs);
       dy.Get(dys);
-      AddGradients<D>(args, row * hidden + column, dys);
+      if constexpr (kMore) AddGradients<D>(args, row * hidden + column, true, dys);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) ones[i] = 1.0f;
       Accumulate<T>(xs, dys, ones, rrms, args.arithmetic.round_before_gamma, dgamma);
@@ -123,11 +123,20 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kFewThreads : kMaxThreads
                              2) void BackwardFewKernel(const __grid_constant__ BackwardParams params) {
   LaunchDependents();
   WaitForPrimary();
-  const int64_t tile = blockIdx.x;
-  if (tile < params.tiles * params.args.shape.groups) {
-    SumTile<T, D, kSize>(params, tile / params.tiles, static_cast<int>(tile % params.tiles));
+  const auto run = [&](auto more) {
+    constexpr bool kMore = decltype(more)::value;
+    const int64_t tile = blockIdx.x, tiles = params.tiles * params.args.shape.groups;
+    if (tile < tiles) {
+      SumTile<T, D, kSize, kMore>(params, tile / params.tiles, static_cast<int>(tile % params.tiles));
+    } else {
+      DifferentiateRows<T, D, kSize, kPackets, kScope, kMore>(params, tile - tiles);
+    }
+  };
+  // Once for the whole kernel: a branch within a loop would keep its loads apart.
+  if (params.args.gradients == 1) {
+    run(std::false_type{});
   } else {
-    DifferentiateRows<T, D, kSize, kPackets, kScope>(params, tile - params.tiles * params.args.shape.groups);
+    run(std::true_type{});
   }
 }
 

@@ -37,12 +37,12 @@ __global__ __launch_bounds__(512) void BackwardLoopKernel(const __grid_constant_
         dy.Load(static_cast<const D*>(args.dy[0]) + offset + column);
         x.Get(xs);
         dy.Get(dys);
-        AddGradients<D>(args, offset + column, dys);
+        AddGradients<D>(args, offset + column, true, dys);
         WithType(args.gamma_dtype, [&](auto tag) {
           using G = decltype(tag);
           const G* gamma = static_cast<const G*>(args.gamma);
           Packet<G, kSize> packet;
-          if (gamma != nullptr) packet.Load(gamma + group * hidden + column);
+          packet.Load(gamma + group * hidden + column, gamma != nullptr);
           GetGamma(packet, gamma != nullptr, arithmetic.zero_centered_gamma, gammas);
         });
       };

@@ -42,17 +42,10 @@ __global__ __launch_bounds__(kLanesThreads,
   const int column[kPackets] = {thread * kSize, (threads + thread) * kSize};
 
   const int64_t items = args.shape.groups * params.blocks_per_group;
-  const int64_t step = params.blocks_per_group * slots * kRows;
-  const int64_t row_step = step * hidden;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    const int64_t group = item / params.blocks_per_group;
-    const int64_t block = item % params.blocks_per_group;
-
-    // All slots of a block make the same number of turns; a slot without rows only takes part in the sums.
-    const int64_t first = block * slots * kRows, mine = first + slot * kRows;
-    const int turns = static_cast<int>(first < rows ? (rows - first + step - 1) / step : 0);
-    const int my_turns = static_cast<int>(mine < rows ? (rows - mine + step - 1) / step : 0);
-    int64_t row = group * rows + mine;
+    const Turns<kRows> turns(args.shape, params.blocks_per_group, item, slots, slot);
+    const int64_t row_step = turns.step * hidden;
+    int64_t row = turns.row;
     int64_t start = row * hidden;
     // Copies the rows from element `begin` on to the ring's places from `at` on.
     const auto copy = [&](int at, int64_t begin, bool inside) {
@@ -60,22 +53,22 @@ __global__ __launch_bounds__(kLanesThreads,
       for (int r = 0; r < kRows; ++r) {
 #pragma unroll
         for (int k = 0; k < kPackets; ++k) {
-          if (!inside || column[k] >= hidden) continue;
-          x_ring.Copy(at + r * kPackets + k, begin + r * hidden + column[k], true);
-          dy_ring.Copy(at + r * kPackets + k, begin + r * hidden + column[k], true);
+          const bool copied = inside && column[k] < hidden;
+          x_ring.Copy(at + r * kPackets + k, begin + r * hidden + column[k], copied);
+          dy_ring.Copy(at + r * kPackets + k, begin + r * hidden + column[k], copied);
         }
       }
       CommitCopies();
     };
 #pragma unroll
-    for (int t = 0; t < kAhead; ++t) copy(t * kTurn, start + t * row_step, t < my_turns);
+    for (int t = 0; t < kAhead; ++t) copy(t * kTurn, start + t * row_step, t < turns.own);
 
     float gamma[kPackets][kSize], dgamma[kPackets][kSize];
 #pragma unroll
     for (int k = 0; k < kPackets; ++k) {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) gamma[k][i] = dgamma[k][i] = 0.0f;
-      if (column[k] < hidden) LoadGamma<true>(args, group * hidden, column[k], gamma[k]);
+      if (column[k] < hidden) LoadGamma<true>(args, turns.group * hidden, column[k], gamma[k]);
     }
 
     // Angles and reciprocal RMS come while the rows before are worked on.
@@ -92,12 +85,12 @@ __global__ __launch_bounds__(kLanesThreads,
         LoadAngles(rotary.sin, rotary.dtype, at, next_sin[k]);
       }
     };
-    if (my_turns > 0) prefetch(row);
+    if (turns.own > 0) prefetch(row);
 
     int from = 0, to = kAhead * kTurn;
 #pragma unroll 1
-    for (int t = 0; t < turns; ++t) {
-      const bool live = t < my_turns;
+    for (int t = 0; t < turns.all; ++t) {
+      const bool live = t < turns.own;
       float cos[kAngled][kAngles], sin[kAngled][kAngles], rrms[kRows];
 #pragma unroll
       for (int k = 0; k < kAngled; ++k) {
@@ -109,16 +102,15 @@ __global__ __launch_bounds__(kLanesThreads,
       }
 #pragma unroll
       for (int r = 0; r < kRows; ++r) rrms[r] = next_rrms[r];
-      if (t + 1 < my_turns) prefetch(row + step);
+      if (t + 1 < turns.own) prefetch(row + turns.step);
       WaitCopies<kAhead - 1>();
-      copy(to, start + kAhead * row_step, t + kAhead < my_turns);
+      copy(to, start + kAhead * row_step, t + kAhead < turns.own);
 
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        float x[kPackets][kSize] = {}, dy[kPackets][kSize] = {};
+        float x[kPackets][kSize], dy[kPackets][kSize];
 #pragma unroll
         for (int k = 0; k < kPackets; ++k) {
-          if (!live || column[k] >= hidden) continue;
           x_ring.Read(from + r * kPackets + k).Get(x[k]);
           dy_ring.Read(from + r * kPackets + k).Get(dy[k]);
           if constexpr (kInterleaved) {
@@ -136,29 +128,28 @@ __global__ __launch_bounds__(kLanesThreads,
         const float slope = Slope(rrms[r], SumLanes(sum, threads) * params.inverse_hidden);
 #pragma unroll
         for (int k = 0; k < kPackets; ++k) {
-          if (!live || column[k] >= hidden) continue;
           float dx[kSize];
           Differentiate(x[k], dy[k], gamma[k], rrms[r], slope, dx);
           Packet<T, kSize> packet;
           packet.Set(dx);
-          packet.Store(static_cast<T*>(args.dx) + start + r * hidden + column[k]);
+          packet.Store(static_cast<T*>(args.dx) + start + r * hidden + column[k], live && column[k] < hidden);
         }
       }
-      row += step;
+      row += turns.step;
       start += row_step;
       from = from + kTurn == kPlaces ? 0 : from + kTurn;
       to = to + kTurn == kPlaces ? 0 : to + kTurn;
     }
     WaitCopies<0>();
     if (args.dgamma == nullptr) continue;
-    StoreBlockDgamma<true>(params, group, block, slots, slot, column, dgamma,
+    StoreBlockDgamma<true>(params, turns.group, turns.block, slots, slot, column, dgamma,
                            reinterpret_cast<float*>(shared));
   }
 }
 
 template <typename T, typename D, int kSize>
-auto FindBackwardRotary(const LaunchConfig& config) -> void (*)(BackwardParams) {
-  if (config.interleaved) return BackwardRotaryKernel<T, D, kSize, 1, true>;
+auto FindBackwardRotary(const LaunchConfig& config, bool interleaved) -> void (*)(BackwardParams) {
+  if (interleaved) return BackwardRotaryKernel<T, D, kSize, 1, true>;
   return config.rows == 2 ? BackwardRotaryKernel<T, D, kSize, 2, false>
                           : BackwardRotaryKernel<T, D, kSize, 1, false>;
 }

@@ -46,6 +46,17 @@ LaunchConfig Cluster(int64_t packets, int per_thread, int cluster) {
   return config;
 }
 
+// A row that a block stages in shared memory.
+LaunchConfig Staged(int64_t hidden, int width, DType x) {
+  constexpr int64_t kLeast = 4;
+  const int64_t packets = CeilDiv(hidden, width);
+  LaunchConfig config = Block(packets, static_cast<int>(std::max(kLeast, CeilDiv(packets, kMaxThreads))));
+  config.method = Method::kStaged;
+  config.width = width;
+  config.shared_memory = StageBytes(hidden * SizeOf(x));
+  return config;
+}
+
 LaunchConfig Loop() {
   LaunchConfig config;
   config.scope = Scope::kLoop;
@@ -135,11 +146,7 @@ LaunchConfig UnalignedForwardLayout(int64_t hidden, int wide, DType x, int64_t r
   } else if (width > 1 && packets <= many * kMaxThreads) {
     config = Block(packets, many);
   } else {
-    const int64_t wide_packets = CeilDiv(hidden, wide);
-    config = Block(wide_packets, static_cast<int>(std::max<int64_t>(4, CeilDiv(wide_packets, kMaxThreads))));
-    config.method = Method::kStaged;
-    config.width = wide;
-    config.shared_memory = StageBytes(hidden * SizeOf(x));
+    config = Staged(hidden, wide, x);
     return config.shared_memory <= room ? config : Loop();
   }
   config.width = width;
@@ -151,16 +158,9 @@ LaunchConfig AddLayout(const Device& device, const Ring& ring, int64_t hidden, D
                        int64_t most_packets) {
   if (!ring.aligned) return Loop();
   const int64_t packets = hidden / ring.width;
-  LaunchConfig config;
-  if (packets <= most_packets) {
-    config = ForwardLayout(device, ring, packets);
-  } else if (StageBytes(hidden * SizeOf(x)) <= ring.room) {
-    config = Block(packets, static_cast<int>(std::max<int64_t>(4, CeilDiv(packets, kMaxThreads))));
-    config.method = Method::kStaged;
-    config.shared_memory = StageBytes(hidden * SizeOf(x));
-  } else {
-    config = Loop();
-  }
+  LaunchConfig config =
+      packets <= most_packets ? ForwardLayout(device, ring, packets) : Staged(hidden, ring.width, x);
+  if (config.shared_memory > ring.room) config = Loop();
   config.width = ring.width;
   return config;
 }
@@ -174,7 +174,6 @@ LaunchConfig RotaryLayout(int64_t hidden, int64_t width, const Fused& fused, int
     config.packets = packets > 2 * config.threads_per_row ? 4 : 2;
     if (config.packets == 2 && fused.heads % 2 == 0) config.rows = 2;
   }
-  config.interleaved = fused.interleaved;
   config.width = static_cast<int>(width);
   return config;
 }
@@ -235,8 +234,11 @@ int ResidentBlocks(const Device& device, int cluster, int margin) {
 
 LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x, Alignment alignment,
                               int margin, const Fused& fused) {
-  // Packets of a row that a block of ForwardKernel can have and be no more than a quarter of an SM.
+  // Packets of a row that a block of ForwardKernel can have and be no more than a quarter of an SM. Where
+  // there are no more rows than SMs, longer ones have an SM each, and the same bits without the way through
+  // shared memory.
   constexpr int64_t kMostPackets = 1024;
+  const bool an_sm_each = shape.groups * shape.rows <= UsableSMs(device, margin);
   constexpr int kRotaryBlock = 128;
   const auto width = static_cast<int>(16 / SizeOf(x));
   const int64_t room = device.shared_memory - kOtherSharedMemory;
@@ -252,9 +254,8 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
     const bool one_block = config.scope == Scope::kLanes || config.scope == Scope::kBlock;
     if (config.scope == Scope::kCluster || (one_block && margin > 0)) {
       ring.Fill(&config, kMaxThreads);
-    } else if (one_block && shape.hidden / width > kMostPackets) {
-      config.method = Method::kStaged;
-      config.shared_memory = StageBytes(shape.hidden * SizeOf(x));
+    } else if (one_block && shape.hidden / width > kMostPackets && !an_sm_each) {
+      config = Staged(shape.hidden, width, x);
     }
   } else if (alignment == Alignment::kTensors) {
     config = UnalignedForwardLayout(shape.hidden, width, x, room);

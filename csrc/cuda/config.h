@@ -90,7 +90,6 @@ struct LaunchConfig {
   int cluster = 1;                 // blocks a row
   int64_t grid = 0;                // blocks; a multiple of `cluster`
   bool dependent = false;          // launched while the stream's last kernel ends, which it waits for
-  bool interleaved = false;        // the rotary embedding, if any
   int64_t tiles = 0;               // kFew: of a group's dgamma
   int64_t blocks_per_group = 0;    // persistent blocks (or clusters) that share the rows of one group
   int64_t shared_memory = 0;       // dynamic, in bytes

@@ -51,19 +51,16 @@ __device__ __forceinline__ void AddAddends(const ForwardArgs& args, int64_t star
   T* h = static_cast<T*>(args.h) + start;
   Packet<A, kSize> addends[kPackets];
 #pragma unroll
-  for (int k = 0; k < kPackets; ++k) {
-    if (column(k) < hidden) addends[k].Load(addend + column(k));
-  }
+  for (int k = 0; k < kPackets; ++k) addends[k].Load(addend + column(k), column(k) < hidden);
 #pragma unroll
   for (int k = 0; k < kPackets; ++k) {
-    if (column(k) >= hidden) continue;
     float x[kSize], a[kSize];
     packets[k].Get(x);
     addends[k].Get(a);
 #pragma unroll
     for (int i = 0; i < kSize; ++i) x[i] += a[i];
     packets[k].Set(x);
-    packets[k].Store(h + column(k));
+    packets[k].Store(h + column(k), column(k) < hidden);
   }
 }
 

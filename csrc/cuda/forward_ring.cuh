@@ -40,27 +40,21 @@ __global__ __launch_bounds__(kMaxThreads,
     column[k] = ((k * place.blocks + place.rank) * threads + thread) * kSize;
   }
   const int64_t items = args.shape.groups * params.blocks_per_group;
-  const int64_t step = params.blocks_per_group * slots;
-  const int64_t row_step = step * hidden;
   unsigned turn = 0;  // counted on from item to item, for row_sum
   for (int64_t item = blockIdx.x / place.blocks; item < items; item += gridDim.x / place.blocks) {
-    const int64_t group = item / params.blocks_per_group;
-    const int64_t first = item % params.blocks_per_group * slots;
-
-    // All slots of a block make the same number of turns; a slot without a row only takes part in the sums.
-    const int turns = static_cast<int>((rows - first + step - 1) / step);
-    const int my_turns = static_cast<int>(first + slot < rows ? (rows - first - slot + step - 1) / step : 0);
-    int64_t row = group * rows + first + slot;
+    const Turns<> turns(args.shape, params.blocks_per_group, item, slots, slot);
+    const int64_t row_step = turns.step * hidden;
+    int64_t row = turns.row;
     int64_t start = row * hidden;
     // Copies packet k of the row at element `begin` to the ring's row that starts at place `at`.
     const auto copy = [&](int at, int k, int64_t begin, bool inside) {
-      if (inside && column[k] < hidden) ring.Copy(at + k, begin + column[k], true);
+      ring.Copy(at + k, begin + column[k], inside && column[k] < hidden);
       CommitCopies();
     };
 #pragma unroll
     for (int t = 0; t < kAhead; ++t) {
 #pragma unroll
-      for (int k = 0; k < kPackets; ++k) copy(t * kPackets, k, start + t * row_step, t < my_turns);
+      for (int k = 0; k < kPackets; ++k) copy(t * kPackets, k, start + t * row_step, t < turns.own);
     }
 
     float gamma[kPackets][kSize];
@@ -68,24 +62,19 @@ __global__ __launch_bounds__(kMaxThreads,
     for (int k = 0; k < kPackets; ++k) {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) gamma[k][i] = 0.0f;
-      if (column[k] < hidden) {
-        LoadGamma<true>(args, group * hidden, column[k], gamma[k]);
-      } else {  // nothing is copied there
-        for (int to = k; to < kPlaces; to += kPackets) ring.Zero(to);
-      }
+      if (column[k] < hidden) LoadGamma<true>(args, turns.group * hidden, column[k], gamma[k]);
     }
 
     // The ring's places of the rows of this turn and of the last one, and of the row to be copied.
     int from = 0, last_from = 0, to = kAhead * kPackets;
 #pragma unroll 1
-    for (int t = 0; t <= turns; ++t) {
-      if (t < turns) {
+    for (int t = 0; t <= turns.all; ++t) {
+      if (t < turns.all) {
         float sum = 0.0f;
 #pragma unroll
         for (int k = 0; k < kPackets; ++k) {
           WaitCopies<kAhead * kPackets - 1>();
-          copy(to, k, start + kAhead * row_step, t + kAhead < my_turns);
-          if (t >= my_turns) continue;
+          copy(to, k, start + kAhead * row_step, t + kAhead < turns.own);
           float x[kSize];
           ring.Read(from + k).Get(x);
           sum += SumOfSquares(x);
@@ -94,8 +83,8 @@ __global__ __launch_bounds__(kMaxThreads,
       }
       if (t > 0) {
         const float rrms = rsqrtf(row_sum.Wait(turn + t - 1) * params.inverse_hidden + arithmetic.eps);
-        if (t <= my_turns) {
-          if (args.rrms != nullptr && thread == 0 && place.rank == 0) args.rrms[row - step] = rrms;
+        if (t <= turns.own) {
+          if (args.rrms != nullptr && thread == 0 && place.rank == 0) args.rrms[row - turns.step] = rrms;
           const int64_t last_start = start - row_step;
 #pragma unroll
           for (int k = 0; k < kPackets; ++k) {
@@ -107,13 +96,13 @@ __global__ __launch_bounds__(kMaxThreads,
           }
         }
       }
-      row += step;
+      row += turns.step;
       start += row_step;
       last_from = from;
       from = from + kPackets == kPlaces ? 0 : from + kPackets;
       to = to + kPackets == kPlaces ? 0 : to + kPackets;
     }
-    turn += turns;
+    turn += turns.all;
     WaitCopies<0>();
   }
 }

@@ -115,8 +115,8 @@ __global__ __launch_bounds__(kFusedThreads, kPackets == 2 ? 3 : 2) void ForwardR
 }
 
 template <typename T, typename G>
-auto FindForwardRotary(const LaunchConfig& config) -> void (*)(ForwardParams) {
-  if (config.interleaved) return ForwardRotaryKernel<T, G, 1, 2, true>;
+auto FindForwardRotary(const LaunchConfig& config, bool interleaved) -> void (*)(ForwardParams) {
+  if (interleaved) return ForwardRotaryKernel<T, G, 1, 2, true>;
   if (config.rows == 2) return ForwardRotaryKernel<T, G, 2, 2, false>;
   return config.packets == 2 ? ForwardRotaryKernel<T, G, 1, 2, false>
                              : ForwardRotaryKernel<T, G, 1, 4, false>;

@@ -28,8 +28,10 @@ JAX_RMSNORM_EXTERN_BACKWARD(__half);
 
 namespace {
 
+bool AlignedTo(int64_t bytes, const void* data) { return reinterpret_cast<uintptr_t>(data) % bytes == 0; }
+
 // Whether the tensor at `data` begins at a multiple of 16 bytes. A null tensor is no obstacle.
-bool Aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+bool Aligned(const void* data) { return AlignedTo(16, data); }
 
 // Of rows of `hidden` elements in tensors that are aligned or not, moved in packets of `width` elements,
 // which are a multiple of 16 bytes in each tensor's type or half of one.
@@ -37,10 +39,18 @@ Alignment AlignmentOf(bool tensors_aligned, int64_t hidden, int64_t width) {
   return !tensors_aligned ? Alignment::kNone : hidden % width != 0 ? Alignment::kTensors : Alignment::kRows;
 }
 
-// Rows are counted in 32 bits where their positions are looked up.
-bool CanRotate(const Shape& shape, int64_t size, const Fused& fused, bool backward) {
+// What FusesRotary leaves to be checked of a call, whose narrowest operand has elements of `size` bytes: that
+// tensors begin at multiples of their packets, and that there are no more rows than 32 bits count.
+cudaError_t CheckRotary(const Shape& shape, const Rotary& rotary, Alignment alignment, int64_t size,
+                        const Fused& fused, bool backward) {
   constexpr int64_t kMostRows = int64_t{1} << 31;
-  return shape.groups * shape.rows < kMostRows && FusesRotary(shape.hidden, size, fused, backward);
+  const bool known = FusesRotary(shape.hidden, size, fused, backward);
+  if (!known || shape.groups * shape.rows >= kMostRows) return cudaErrorNotSupported;
+  const int64_t angles = 16 / size / (rotary.interleaved ? 2 : 1);
+  const int64_t access = std::min<int64_t>(16, angles * SizeOf(rotary.dtype));
+  const bool aligned =
+      alignment == Alignment::kRows && AlignedTo(access, rotary.cos) && AlignedTo(access, rotary.sin);
+  return aligned ? cudaSuccess : cudaErrorMisalignedAddress;
 }
 
 constexpr int kFinishColumns = 32;
@@ -162,16 +172,15 @@ cudaError_t LaunchForward(const ForwardArgs& args, int margin, cudaStream_t stre
   const Shape& shape = args.shape;
   if (shape.groups == 0 || shape.rows == 0) return cudaSuccess;
   Device device;
-  const cudaError_t error = CurrentDevice(&device);
+  cudaError_t error = CurrentDevice(&device);
   if (error != cudaSuccess) return error;
-  const bool tensors_aligned = Aligned(args.x) && Aligned(args.y) && Aligned(args.gamma) &&
-                               Aligned(args.addend) && Aligned(args.h) && Aligned(args.rotary.cos) &&
-                               Aligned(args.rotary.sin);
+  const bool tensors_aligned =
+      Aligned(args.x) && Aligned(args.y) && Aligned(args.gamma) && Aligned(args.addend) && Aligned(args.h);
   const Alignment alignment = AlignmentOf(tensors_aligned, shape.hidden, 16 / SizeOf(args.x_dtype));
   const Fused fused{FusionOf(args), args.rotary.width, args.rotary.heads, args.rotary.interleaved};
-  if (fused.fusion == Fusion::kRotary &&
-      !(alignment == Alignment::kRows && CanRotate(shape, SizeOf(args.x_dtype), fused, false))) {
-    return cudaErrorNotSupported;
+  if (fused.fusion == Fusion::kRotary) {
+    error = CheckRotary(shape, args.rotary, alignment, SizeOf(args.x_dtype), fused, false);
+    if (error != cudaSuccess) return error;
   }
   const LaunchConfig config = ConfigureForward(device, shape, args.x_dtype, alignment, margin, fused);
   return DispatchType(args.x_dtype,
@@ -188,17 +197,16 @@ cudaError_t LaunchBackward(const BackwardArgs& args, int margin, cudaStream_t st
   Device device;
   cudaError_t error = CurrentDevice(&device);
   if (error != cudaSuccess) return error;
-  const bool tensors_aligned = Aligned(args.x) && Aligned(args.dx) &&
-                               std::all_of(args.dy, args.dy + args.gradients, Aligned) &&
-                               Aligned(args.gamma) && Aligned(args.dgamma) && Aligned(args.partials) &&
-                               Aligned(args.dh) && Aligned(args.rotary.cos) && Aligned(args.rotary.sin);
+  const bool tensors_aligned =
+      Aligned(args.x) && Aligned(args.dx) && std::all_of(args.dy, args.dy + args.gradients, Aligned) &&
+      Aligned(args.gamma) && Aligned(args.dgamma) && Aligned(args.partials) && Aligned(args.dh);
   const int64_t size = std::min(SizeOf(args.x_dtype), SizeOf(args.dy_dtype));
   const Alignment alignment = AlignmentOf(tensors_aligned, shape.hidden, 16 / size);
   const Fused fused{FusionOf(args), args.rotary.width, args.rotary.heads, args.rotary.interleaved,
                     args.gradients};
-  if (fused.fusion == Fusion::kRotary &&
-      !(alignment == Alignment::kRows && CanRotate(shape, size, fused, true))) {
-    return cudaErrorNotSupported;
+  if (fused.fusion == Fusion::kRotary) {
+    error = CheckRotary(shape, args.rotary, alignment, size, fused, true);
+    if (error != cudaSuccess) return error;
   }
   const int64_t partial_rows = args.dgamma == nullptr ? 0 : args.partial_rows;
   const LaunchConfig config =

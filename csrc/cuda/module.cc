@@ -58,7 +58,6 @@ nb::dict ToDict(const LaunchConfig& config) {
   dict["cluster"] = config.cluster;
   dict["grid"] = config.grid;
   dict["dependent"] = config.dependent;
-  dict["interleaved"] = config.interleaved;
   dict["tiles"] = config.tiles;
   dict["shared_memory"] = config.shared_memory;
   dict["most_shared_memory"] = config.most_shared_memory;

@@ -25,37 +25,51 @@ __device__ __forceinline__ T FromFloat(float value) {
   }
 }
 
-// 2, 4, 8 or 16 bytes to and from registers of 32 bits. Spelt out for 16: the compiler takes a word apart
-// where its parts were computed apart, and stores it in four.
+// 2, 4, 8 or 16 bytes to and from registers of 32 bits, if `inside`; else `to` stays as it is. Spelt out: for
+// a condition the compiler branches, which costs a kernel for few rows a fifth of its time, and a word whose
+// parts were computed apart it stores in four.
 template <int kBytes>
-__device__ __forceinline__ void LoadGlobal(const void* from, uint32_t* to) {
+__device__ __forceinline__ void LoadGlobal(const void* from, uint32_t* to, bool inside) {
+  const int condition = inside;
   if constexpr (kBytes == 16) {
-    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "l"(from));
+    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\n@p ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+                 : "+r"(to[0]), "+r"(to[1]), "+r"(to[2]), "+r"(to[3])
+                 : "l"(from), "r"(condition));
   } else if constexpr (kBytes == 8) {
-    const uint2 pair = *static_cast<const uint2*>(from);
-    to[0] = pair.x;
-    to[1] = pair.y;
+    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %3, 0;\n@p ld.global.v2.u32 {%0, %1}, [%2];\n}"
+                 : "+r"(to[0]), "+r"(to[1])
+                 : "l"(from), "r"(condition));
   } else if constexpr (kBytes == 4) {
-    to[0] = *static_cast<const uint32_t*>(from);
+    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %2, 0;\n@p ld.global.u32 %0, [%1];\n}"
+                 : "+r"(to[0])
+                 : "l"(from), "r"(condition));
   } else {
-    to[0] = *static_cast<const uint16_t*>(from);
+    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %2, 0;\n@p ld.global.u16 %0, [%1];\n}"
+                 : "+r"(to[0])
+                 : "l"(from), "r"(condition));
   }
 }
 
 template <int kBytes>
-__device__ __forceinline__ void StoreGlobal(void* to, const uint32_t* from) {
+__device__ __forceinline__ void StoreGlobal(void* to, const uint32_t* from, bool inside) {
+  const int condition = inside;
   if constexpr (kBytes == 16) {
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(from[0]), "r"(from[1]),
-                 "r"(from[2]), "r"(from[3])
-                 : "memory");
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\n@p st.global.v4.u32 [%0], {%1, %2, %3, %4};\n}" ::"l"(to),
+        "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3]), "r"(condition)
+        : "memory");
   } else if constexpr (kBytes == 8) {
-    *static_cast<uint2*>(to) = {from[0], from[1]};
+    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %3, 0;\n@p st.global.v2.u32 [%0], {%1, %2};\n}" ::"l"(to),
+                 "r"(from[0]), "r"(from[1]), "r"(condition)
+                 : "memory");
   } else if constexpr (kBytes == 4) {
-    *static_cast<uint32_t*>(to) = from[0];
+    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %2, 0;\n@p st.global.u32 [%0], %1;\n}" ::"l"(to),
+                 "r"(from[0]), "r"(condition)
+                 : "memory");
   } else {
-    *static_cast<uint16_t*>(to) = static_cast<uint16_t>(from[0]);
+    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %2, 0;\n@p st.global.u16 [%0], %1;\n}" ::"l"(to),
+                 "r"(from[0]), "r"(condition)
+                 : "memory");
   }
 }
 
@@ -99,17 +113,19 @@ struct Packet {
     for (int r = 0; r < kRegisters; ++r) registers[r] = 0;
   }
 
-  __device__ __forceinline__ void Load(const void* from) {
+  // Zeros if not `inside`, whatever `from` is.
+  __device__ __forceinline__ void Load(const void* from, bool inside = true) {
+    SetZero();
 #pragma unroll
     for (int a = 0; a < kAccesses; ++a) {
-      LoadGlobal<kAccess>(static_cast<const char*>(from) + a * kAccess, registers + a * 4);
+      LoadGlobal<kAccess>(static_cast<const char*>(from) + a * kAccess, registers + a * 4, inside);
     }
   }
 
-  __device__ __forceinline__ void Store(void* to) const {
+  __device__ __forceinline__ void Store(void* to, bool inside = true) const {
 #pragma unroll
     for (int a = 0; a < kAccesses; ++a) {
-      StoreGlobal<kAccess>(static_cast<char*>(to) + a * kAccess, registers + a * 4);
+      StoreGlobal<kAccess>(static_cast<char*>(to) + a * kAccess, registers + a * 4, inside);
     }
   }
 
@@ -235,13 +251,17 @@ __device__ __forceinline__ void WaitForPrimary() {
 #endif
 }
 
-// Asynchronous copy of 4, 8 or 16 bytes, global to shared memory, without a register in between.
+// Asynchronous copy of 4, 8 or 16 bytes, global to shared memory, without a register in between; of zeros if
+// not `inside`, whatever `global` is.
 template <int kBytes>
-__device__ __forceinline__ void CopyAsync(uint32_t shared, const void* global) {
+__device__ __forceinline__ void CopyAsync(uint32_t shared, const void* global, bool inside = true) {
+  const int bytes = inside ? kBytes : 0;
   if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(shared), "l"(global) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global), "r"(bytes)
+                 : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;\n" ::"r"(shared), "l"(global), "n"(kBytes)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;\n" ::"r"(shared), "l"(global), "n"(kBytes),
+                 "r"(bytes)
                  : "memory");
   }
 }

@@ -1,4 +1,5 @@
-// Rows on their way: a ring of packets in shared memory, filled by asynchronous copies.
+// Rows on their way to a persistent block: which ones, and a ring of packets in shared memory, filled by
+// asynchronous copies.
 #pragma once
 
 #include "config.h"
@@ -6,6 +7,27 @@
 #include "unaligned.cuh"
 
 namespace jax_rmsnorm {
+
+// The rows of a persistent block (or cluster), which it takes in turns: of each group that it works on a run
+// of rows, one or `kRows` for each of its slots, then the run blocks_per_group runs further, and so on. All
+// slots make the same number of turns; one that has no row left only takes part in the sums.
+template <int kRows = 1>
+struct Turns {
+  // `item`: the group and the block's number there, as one number.
+  __device__ Turns(const Shape& shape, int64_t blocks_per_group, int64_t item, int slots, int slot)
+      : group(item / blocks_per_group), block(item % blocks_per_group) {
+    const int64_t run = static_cast<int64_t>(slots) * kRows;
+    const int64_t first = block * run, mine = first + slot * kRows;
+    step = blocks_per_group * run;
+    all = static_cast<int>(first < shape.rows ? (shape.rows - first + step - 1) / step : 0);
+    own = static_cast<int>(mine < shape.rows ? (shape.rows - mine + step - 1) / step : 0);
+    row = group * shape.rows + mine;
+  }
+
+  int64_t group, block;
+  int64_t row, step;  // the slot's first row, counted through all groups, and from there to its next ones
+  int all, own;       // turns of the block, and those of them in which the slot has a row
+};
 
 // One operand's packets, or those of several of one shape and dtype, whose rings lie some `offset` of bytes
 // behind the first one's. Each thread copies in what it will read, so that no barrier is needed, only a wait
@@ -30,35 +52,35 @@ class PacketRing {
     stride_ = places * P::kAccess;
   }
 
-  // Starts the copy of the elements from `first` on into a place of the ring. `inside`: all of them are the
-  // tensor's, and so are those of the next packet.
+  // Starts the copy of the elements from `first` on into a place of the ring; of zeros if not `inside`.
   __device__ __forceinline__ void Copy(int place, int64_t first, bool inside) const {
-    if (kAligned || inside) {
-      CopyTo(At(place), tensor_ + first);
-      if (!kAligned && last_of_run_) CopyTo(At(place) + P::kAccess, tensor_ + first + kSize);
+    static_assert(kAligned);
+    CopyTo(At(place), tensor_ + first, inside);
+  }
+
+  // Likewise of another tensor.
+  __device__ __forceinline__ void CopyFrom(const void* tensor, int place, int64_t first, bool inside,
+                                           uint32_t offset) const {
+    static_assert(kAligned);
+    CopyTo(At(place) + offset, static_cast<const T*>(tensor) + first, inside);
+  }
+
+  // Of rows that are not aligned. `whole`: all of the elements are the tensor's, and so are those of the next
+  // packet.
+  __device__ __forceinline__ void CopyUnaligned(int place, int64_t first, bool whole) const {
+    if (whole) {
+      CopyTo(At(place), tensor_ + first, true);
+      if (last_of_run_) CopyTo(At(place) + P::kAccess, tensor_ + first + kSize, true);
     } else {
       CopyEnd(At(place), first);
       if (last_of_run_) CopyEnd(At(place) + P::kAccess, first + kSize);
     }
   }
 
-  // Likewise of another tensor, of aligned rows.
-  __device__ __forceinline__ void CopyFrom(const void* tensor, int place, int64_t first,
-                                           uint32_t offset) const {
-    static_assert(kAligned);
-    CopyTo(At(place) + offset, static_cast<const T*>(tensor) + first);
-  }
-
   __device__ __forceinline__ P Read(int place, uint32_t offset = 0) const {
     return ReadFrom(At(place) + offset);
   }
   __device__ __forceinline__ P ReadNext(int place) const { return ReadFrom(At(place) + P::kAccess); }
-
-  // For packets that nothing is copied to.
-  __device__ void Zero(int place, uint32_t offset = 0) const {
-    constexpr uint32_t kZeros[4] = {};
-    for (int a = 0; a < P::kAccesses; ++a) StoreShared<P::kAccess>(At(place) + offset + a * stride_, kZeros);
-  }
 
   // That one place takes in a block's shared memory.
   __device__ __forceinline__ uint32_t Bytes() const { return P::kAccesses * stride_; }
@@ -68,9 +90,11 @@ class PacketRing {
 
   static constexpr int kElements = P::kAccess / sizeof(T);
 
-  __device__ __forceinline__ void CopyTo(uint32_t to, const T* from) const {
+  __device__ __forceinline__ void CopyTo(uint32_t to, const T* from, bool inside) const {
 #pragma unroll
-    for (int a = 0; a < P::kAccesses; ++a) CopyAsync<P::kAccess>(to + a * stride_, from + a * kElements);
+    for (int a = 0; a < P::kAccesses; ++a) {
+      CopyAsync<P::kAccess>(to + a * stride_, from + a * kElements, inside);
+    }
   }
 
   // Where the tensor ends within the packet. Not asynchronous, which the waits for the copies do not mind.

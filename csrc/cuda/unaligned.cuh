@@ -101,18 +101,18 @@ class Window {
 };
 
 // gamma, of type G, at the kSize columns from `column` on of a group, whose gamma begins at element `start`.
-// Without kAligned some of the columns may be outside the row; they get any value.
+// Columns outside the row get any value; with kAligned they are not `inside`.
 template <typename G, bool kAligned, typename Args, int kSize>
 __device__ __forceinline__ void LoadGammaAs(const Args& args, int64_t start, int column,
-                                            float (&gamma)[kSize]) {
+                                            float (&gamma)[kSize], bool inside = true) {
   const G* from = static_cast<const G*>(args.gamma);
   Packet<G, kSize> packet;
-  if (from != nullptr) {
-    if constexpr (kAligned) {
-      packet.Load(from + start + column);
-    } else {
-      packet = Window<G, kSize>(from, start + column, args.shape.groups * args.shape.hidden).LoadColumns(0);
-    }
+  if constexpr (kAligned) {
+    packet.Load(from + start + column, inside && from != nullptr);
+  } else {
+    packet.SetZero();
+    const int64_t total = args.shape.groups * args.shape.hidden;
+    if (from != nullptr) packet = Window<G, kSize>(from, start + column, total).LoadColumns(0);
   }
   GetGamma(packet, from != nullptr, args.arithmetic.zero_centered_gamma, gamma);
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from .. import _ffi
 from .._compat import batching, is_static_dim
 from .._options import Options
 
+_MOST_ROWS = 2**31  # rows, heads counted, that the CUDA kernels do not count to
+
 
 def rope_attributes(x: Any, options: Options) -> dict[str, Any]:
     heads = max(1, x.shape[-2])  # of no heads there are no rows
@@ -23,6 +26,9 @@ def fuses_rope(x: Any, cos: Any, dy: Any | None, options: Options) -> bool:
     """Whether the CUDA kernels rotate such rows themselves; ``dy`` is given for the backward."""
     hidden, half = x.shape[-1], cos.shape[-1]
     if _ffi.CUDA.module is None or not (is_static_dim(hidden) and is_static_dim(half)):
+        return False
+    rows = x.shape[:-1]
+    if all(map(is_static_dim, rows)) and math.prod(rows) >= _MOST_ROWS:
         return False
     return _ffi.CUDA.module.fuses_rope(
         hidden=hidden,

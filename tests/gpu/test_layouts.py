@@ -1,7 +1,8 @@
-"""Values and gradients in every layout of the launch configuration, aligned and not, in every mix of dtypes."""
+"""Values and gradients in every layout of the launch configuration, aligned and not, in mixes of dtypes."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from checks import DTYPES, check_call, draw
+from checks import DTYPES, PAIRWISE_DTYPES, check_call, draw
 
 import jax_rmsnorm
 from jax_rmsnorm import _ffi
@@ -24,11 +25,13 @@ HIDDEN = (
 
 def test_every_layout_is_among_the_shapes():
     seen = set()
-    for hidden, x in itertools.product(HIDDEN, ("float32", "bfloat16")):
+    for rows, hidden, x in itertools.product((5, 1000), HIDDEN, ("float32", "bfloat16")):
         for configure in (_ffi.CUDA.module.forward_config, _ffi.CUDA.module.backward_config):
             for margin in (0, 1):
                 alignment = "tensors" if hidden % 8 else "rows"
-                config = configure(rows=5, hidden=hidden, x=x, alignment=alignment, margin=margin)
+                config = configure(
+                    rows=rows, hidden=hidden, x=x, alignment=alignment, margin=margin
+                )
                 seen.add((config["method"], config["scope"], config["aligned"]))
     assert seen == {
         *itertools.product(("ring",), ("lanes", "block", "cluster"), (True, False)),
@@ -50,12 +53,12 @@ def test_hidden(hidden, dtype, sm_margin):
 @pytest.mark.parametrize("rounding", ["once", "before_gamma"])
 @pytest.mark.parametrize("sm_margin", [0, 1])
 def test_dtype_mixes(hidden, rounding, sm_margin):
-    for x, gamma, y in itertools.product(DTYPES, (None, *DTYPES), DTYPES):
+    for x, gamma, y, _ in PAIRWISE_DTYPES:
         check_call((3, hidden), x, gamma, y, rounding=rounding, sm_margin=sm_margin)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 33, 1000, 4097])
-@pytest.mark.parametrize("hidden", [24, 130, 1032, 2048, 5001, 20_480])
+@pytest.mark.parametrize("hidden", [24, 130, 1032, 2048, 5001, 12_288])
 def test_rows(rows, hidden):
     check_call((rows, hidden), jnp.bfloat16, jnp.float32, jnp.bfloat16, zero_centered_gamma=True)
 
@@ -67,7 +70,7 @@ def test_gamma_batched_by_vmap(hidden):
         x, dy = (draw(i, (groups, rows, hidden), jnp.bfloat16) for i in (0, 2))
         gamma = draw(1, (groups, hidden), jnp.float32)
         y, vjp = jax.vjp(jax.vmap(jax_rmsnorm.rms_norm), x, gamma)
-        dx, dgamma = vjp(dy)
+        y, dx, dgamma = map(np.asarray, (y, *vjp(dy)))
         for i in range(0, groups, max(1, groups // 7)):
             want = oracle.rms_norm(x[i], gamma[i], dy[i])
             oracle.assert_close(y[i], want.y, what="y")
@@ -78,12 +81,16 @@ def test_gamma_batched_by_vmap(hidden):
 @pytest.mark.parametrize("hidden", [72, 1024, 4096, 4100, 16_384, 65_536])
 def test_bits(hidden):
     """The same bits again; a row's own bits in any batch, with any margin."""
-    x, dy = (draw(i, (700, hidden), jnp.bfloat16) for i in (0, 2))
+    x, dy = (np.asarray(draw(i, (700, hidden), jnp.bfloat16)) for i in (0, 2))
     gamma = draw(1, hidden, jnp.float32)
 
-    def run(x, dy, margin=0):
+    @functools.partial(jax.jit, static_argnames="margin")
+    def gradients(x, dy, margin):
         y, vjp = jax.vjp(lambda x, g: jax_rmsnorm.rms_norm(x, g, sm_margin=margin), x, gamma)
-        return tuple(map(np.asarray, (y, *vjp(dy))))
+        return y, *vjp(dy)
+
+    def run(x, dy, margin=0):
+        return tuple(map(np.asarray, gradients(x, dy, margin)))
 
     y, dx, dgamma = run(x, dy)
     for again, first in zip(run(x, dy), (y, dx, dgamma), strict=True):
