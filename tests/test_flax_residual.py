@@ -1,4 +1,4 @@
-"""``residual=`` of the Flax modules: the sum and its norm, with the parameters of the module without it."""
+"""``residual=`` and ``copies=`` of the Flax modules, with the parameters of the module without them."""
 
 from __future__ import annotations
 
@@ -98,6 +98,42 @@ def test_a_call_that_only_flax_covers_adds_too(make):
     y, h = make(scale)(x, mask=mask, residual=residual)
     np.testing.assert_allclose(h, x + residual, rtol=1e-6)
     np.testing.assert_allclose(y, make(scale)(x + residual, mask=mask), rtol=1e-5)
+
+
+@FLAVOURS
+def test_copies(make):
+    """As rms_norm's and add_rms_norm's: a tuple in y's place, whose gradients are added up."""
+    x, residual, scale = operands(jnp.float32, jnp.float32)
+    dys = tuple(draw(seed, SHAPE, jnp.float32) for seed in (3, 4, 5))
+    terms = sum(np.abs(oracle.to64(dy)) for dy in dys)
+    ys, vjp = jax.vjp(lambda x: make(scale)(x, copies=3), x)
+    assert len(ys) == 3
+    for y in ys:
+        np.testing.assert_array_equal(y, make(scale)(x))
+    total = sum(oracle.to64(dy) for dy in dys)
+    want = oracle.rms_norm(x, scale, total, eps=1e-6, dy_terms=terms)
+    (dx,) = vjp(dys)
+    oracle.assert_close(dx, want.dx, terms=want.dx_terms, what="dx")
+    (first, second), h = make(scale)(x, residual=residual, copies=2)
+    np.testing.assert_array_equal(h, x + residual)
+    for y in (first, second):
+        np.testing.assert_array_equal(y, make(scale)(x, residual=residual)[0])
+    with pytest.raises(TypeError, match="copies must be None or an int"):
+        make(scale)(x, copies=2.0)
+
+
+@FLAVOURS
+def test_copies_of_a_call_that_only_flax_covers(make):
+    x, residual, scale = operands(jnp.float32, jnp.float32)
+    mask = jnp.arange(SHAPE[-1]) < 40
+    y = make(scale)(x, mask=mask)
+    ys = make(scale)(x, mask=mask, copies=2)
+    assert isinstance(ys, tuple)
+    (only,), h = make(scale)(x, mask=mask, residual=residual, copies=1)
+    for got, expected in zip((*ys, only), (y, y, make(scale)(h, mask=mask)), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    with pytest.raises(ValueError, match="copies must be 1 or more"):
+        make(scale)(x, mask=mask, copies=0)
 
 
 def test_linen_initializes_the_same_parameters():

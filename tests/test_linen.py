@@ -125,11 +125,14 @@ def test_options_that_flax_cannot_honour_are_errors(case, option):
         RMSNorm(**arguments, **option).init(KEY, x, mask=mask)
 
 
-def test_arguments_are_those_of_flax_and_residual():
+def test_arguments_are_those_of_flax_with_residual_and_copies():
     ours, flax = (inspect.signature(inspect.unwrap(cls.__call__)).parameters for cls in CLASSES)
-    residual = inspect.Parameter("residual", inspect.Parameter.KEYWORD_ONLY, default=None)
+    more = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in ("residual", "copies")
+    ]
     assert [(p.name, p.kind, p.default) for p in ours.values()] == [
-        (p.name, p.kind, p.default) for p in (*flax.values(), residual)
+        (p.name, p.kind, p.default) for p in (*flax.values(), *more)
     ]
 
 

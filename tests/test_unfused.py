@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
-import inspect
 from typing import Any
 
 import jax
@@ -27,9 +27,10 @@ def unfused(name: str, rounding, dtype=BF16, gradients=1, **more) -> Any:
     """The private function, jitted. Its module's name is that of a function in the package."""
     module = importlib.import_module(f"jax_rmsnorm._primitives.{name}")
     options = Options(1e-5, False, rounding, jnp.dtype(dtype), SMMargin(), True, **more)
-    flags = {"save_rrms": True} if name.endswith("forward") else {}
-    if "gradients" in inspect.signature(module._unfused).parameters:
-        flags = {"gradients": gradients}
+    if name.endswith("forward"):
+        flags = {"save_rrms": True}
+    else:
+        flags = {} if name == "rope_backward" else {"gradients": gradients}
     return jax.jit(functools.partial(module._unfused, options=options, **flags))
 
 
@@ -71,6 +72,23 @@ def test_rope(interleaved, rounding, dtype):
     flip = 2 * oracle.unit_roundoff(dtype) * (rounding == "before_gamma")
     oracle.assert_close(y, want.y, terms=want.y_terms, extra=flip * want.y_terms, what="y")
     gradients = unfused("rope_backward", dtype=dtype, **options)(x, rrms, dy, cos, sin, GAMMA)
+    assert_gradients(gradients, want, dtype, rounding)
+
+
+@DTYPES
+@ROUNDINGS
+def test_several_gradients(rounding, dtype):
+    """Added up in float32, which the kernel is given."""
+    x, dh, *dys = (draw(seed, (7, 21), dtype) for seed in range(2, 7))
+    total = sum(oracle.to64(dy) for dy in dys)
+    terms = sum(np.abs(oracle.to64(dy)) for dy in dys)
+    want = oracle.rms_norm(x, GAMMA, total, dy_terms=terms, rounding=rounding)
+    rrms = jnp.asarray(want.rrms, F32)
+    gradients = unfused("backward", rounding, dtype, gradients=3)(x, rrms, *dys, GAMMA)
+    assert_gradients(gradients, want, dtype, rounding)
+    dh64 = oracle.to64(dh)
+    want = dataclasses.replace(want, dx=want.dx + dh64, dx_terms=want.dx_terms + np.abs(dh64))
+    gradients = unfused("add_backward", rounding, dtype, gradients=3)(x, rrms, dh, *dys, GAMMA)
     assert_gradients(gradients, want, dtype, rounding)
 
 
