@@ -45,7 +45,7 @@ def test_gradient_flows_to_every_parameter(built):
     trainer, state = built
     gradients = jax.jit(jax.grad(trainer.loss))(state.params, random_bytes(4, 17))
     leaves = jax.tree.leaves_with_path(gradients)
-    assert len(leaves) == 3 + CONFIG.layers * 8
+    assert len(leaves) == 3 + CONFIG.layers * 11
     for path, gradient in leaves:
         if "embedding" in jax.tree_util.keystr(path):  # only the bytes that occur have one
             gradient = gradient[np.unique(random_bytes(4, 17)[:, :-1])]
