@@ -16,6 +16,7 @@ from flax.typing import Axes, Dtype, Initializer
 from jax.nn import initializers
 from jax.typing import DTypeLike
 
+from . import _reference
 from ._arguments import check_copies
 from ._ops import add_rms_norm, rms_norm
 from ._primitives.common import KERNEL_DTYPES
@@ -145,8 +146,7 @@ def add_and_normalize(
 
 def add(x: jax.Array, residual: jax.Array) -> jax.Array:
     """x + residual as `add_rms_norm` has it, for a call that is not covered."""
-    wide = jnp.promote_types(jnp.float32, jnp.promote_types(x.dtype, residual.dtype))
-    return (x.astype(wide) + residual.astype(wide)).astype(residual.dtype)
+    return _reference.add(residual, x).astype(residual.dtype)
 
 
 def copy(y: jax.Array, copies: int | None) -> jax.Array | tuple[jax.Array, ...]:

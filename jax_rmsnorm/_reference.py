@@ -64,7 +64,12 @@ def _effective_gamma(gamma: jax.Array, ndim: int, dtype: jnp.dtype, options: Opt
 def _round_to(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Rounds to ``dtype`` and keeps its own; XLA may not drop this, as it may a pair of casts."""
     info = jnp.finfo(dtype)
-    return lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+    rounded = lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+    if info.nexp == jnp.finfo(x.dtype).nexp:
+        return rounded
+    # reduce_precision takes subnormals for zero, where a cast keeps them.
+    spacing = float(info.smallest_subnormal)
+    return jnp.where(jnp.abs(x) < info.smallest_normal, jnp.round(x / spacing) * spacing, rounded)
 
 
 @_round_to.defjvp

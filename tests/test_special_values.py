@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 from checks import DTYPES, draw
 from compare import assert_same_kind
 
-from jax_rmsnorm import rms_norm
+from jax_rmsnorm import add_rms_norm, rms_norm
 
 NAN, INF = float("nan"), float("inf")
 HIDDEN = 37  # full vectors and a rest on every instruction set
@@ -127,6 +128,16 @@ def test_float16_subnormals():
         oracle.assert_close(y, want.y)
         oracle.assert_close(dx, want.dx, terms=want.dx_terms)
         oracle.assert_close(dgamma, want.dgamma, terms=want.dgamma_terms)
+
+
+@pytest.mark.parametrize("implementation", ["kernel", "xla"])
+def test_float16_subnormal_sums(implementation):
+    """A sum that ends among float16's subnormals is rounded to one of them, ties to even."""
+    x = jnp.asarray(np.arange(-HIDDEN, HIDDEN) * 2.0**-25, jnp.float32)
+    residual = jnp.zeros(x.shape, jnp.float16)
+    _, h = jax.jit(functools.partial(add_rms_norm, implementation=implementation))(x, residual)
+    np.testing.assert_array_equal(np.asarray(h), np.asarray(x).astype(np.float16))
+    assert np.any(h != 0)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
