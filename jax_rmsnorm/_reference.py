@@ -69,7 +69,9 @@ def _round_to(x: jax.Array, dtype: DTypeLike) -> jax.Array:
         return rounded
     # reduce_precision takes subnormals for zero, where a cast keeps them.
     spacing = float(info.smallest_subnormal)
-    return jnp.where(jnp.abs(x) < float(info.smallest_normal), jnp.round(x / spacing) * spacing, rounded)
+    return jnp.where(
+        jnp.abs(x) < float(info.smallest_normal), jnp.round(x / spacing) * spacing, rounded
+    )
 
 
 @_round_to.defjvp

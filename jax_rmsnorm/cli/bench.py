@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from ._bench import names, shapes, step_config
 from ._errors import CommandError, OptionError
 
 _EXTRA_PACKAGES = {"rich", "matplotlib", "optax"}
-_ALONE = ("shapes", "dtypes", "ops", "against", "plot")
-_IN_STEP = ("config", "implementations", "joint", "remat", "verbose")
+_ALONE = "alone"
+_TAKEN: Mapping[str, Collection[str]] = {
+    _ALONE: ("shapes", "dtypes", "ops", "against", "plot"),
+    "step": ("config", "implementations", "joint", "remat", "verbose"),
+    "sweep": ("seed", "dtypes", "ops"),
+    "margins": ("ops",),
+}
 _DESCRIPTION = """\
 Times this package's kernels beside other ways to an RMSNorm, in one run on JAX's default device.
 Every contender is checked against float64 before it is timed. On a GPU it is also compared with
@@ -18,6 +24,9 @@ the roof: a kernel that does nothing but move the same bytes.
 
 With --step it times whole training steps of a decoder instead, with plain jax.numpy, with the
 kernels alone, with the kernels fused with what stands next to them, and without norms.
+
+With --sweep it times random shapes beside the roof and jitted jax.numpy, a second or so each, and
+shows where the kernels do worst. With --margins it shows what leaving SMs of a GPU free costs.
 """
 
 
@@ -85,15 +94,34 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     step.add_argument(
         "--verbose", action="store_true", help="list the kernels that ran on a GPU, by time"
     )
+    sweep = parser.add_argument_group("sweeps and margins")
+    sweep.add_argument(
+        "--sweep",
+        type=int,
+        metavar="N",
+        help="time N random shapes of up to 1,048,576 rows, hidden sizes of 32 to 131,072 and 128 MiB "
+        "(16 MiB on a CPU) a tensor, and list the ten that are farthest from the roof among those of "
+        "32 MiB or more, and the ten that are slowest beside jnp; --dtypes (one; default: bfloat16), "
+        "--ops and --json apply. On a GPU the times are kernel durations from the profiler, or with "
+        "--no-profile those of short loops, which takes longer",
+    )
+    sweep.add_argument("--seed", type=int, metavar="S", help="of the random shapes (default: 0)")
+    sweep.add_argument(
+        "--margins",
+        action="store_true",
+        help="time 16384x4096 in bfloat16 with SM margins of 0 to 64 beside the SMs that are left; "
+        "needs a GPU; --ops and --json apply",
+    )
     parser.set_defaults(run=_run, parser=parser)
 
 
 def _run(args: argparse.Namespace) -> None:
-    _check(args)
+    mode = _mode(args)
+    _check(args, mode)
     try:
         if args.plot is not None:
             import matplotlib as matplotlib
-        (_run_steps if args.step else _run_alone)(args)
+        _RUNS[mode](args)
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package not in _EXTRA_PACKAGES:
@@ -103,10 +131,28 @@ def _run(args: argparse.Namespace) -> None:
         ) from None
 
 
-def _check(args: argparse.Namespace) -> None:
-    for name in _ALONE if args.step else _IN_STEP:
-        if getattr(args, name):
-            raise OptionError(f"--{name}: {'not' if args.step else 'only'} together with --step")
+def _mode(args: argparse.Namespace) -> str:
+    wanted = [mode for mode in _TAKEN if mode != _ALONE and _is_given(args, mode)]
+    if len(wanted) > 1:
+        raise OptionError(f"--{wanted[1]}: not together with --{wanted[0]}")
+    return wanted[0] if wanted else _ALONE
+
+
+def _is_given(args: argparse.Namespace, name: str) -> bool:
+    value = getattr(args, name)
+    return value is not None and value is not False
+
+
+def _check(args: argparse.Namespace, mode: str) -> None:
+    for owner, options in _TAKEN.items():
+        for option in options:
+            if option not in _TAKEN[mode] and _is_given(args, option):
+                relation = f"not together with --{mode}"
+                if owner != _ALONE:
+                    relation = f"only together with --{owner}"
+                raise OptionError(f"--{option}: {relation}")
+    if args.sweep is not None and args.sweep < 1:
+        raise OptionError(f"--sweep: must be 1 or more, got {args.sweep}")
     for option, path in (("--json", args.json), ("--plot", args.plot)):
         if path is not None and not path.parent.is_dir():
             raise OptionError(f"{option}: there is no folder {path.parent}")
@@ -144,3 +190,32 @@ def _run_steps(args: argparse.Namespace) -> None:
             verbose=args.verbose,
         )
     )
+
+
+def _run_sweep(args: argparse.Namespace) -> None:
+    from ._bench import sweep_session
+
+    sweep_session.run(
+        sweep_session.Request(
+            count=args.sweep,
+            seed=args.seed,
+            dtypes=args.dtypes,
+            ops=args.ops,
+            json=args.json,
+            profile=args.profile,
+        )
+    )
+
+
+def _run_margins(args: argparse.Namespace) -> None:
+    from ._bench import margins
+
+    margins.run(args.ops, args.json)
+
+
+_RUNS: Mapping[str, Callable[[argparse.Namespace], None]] = {
+    _ALONE: _run_alone,
+    "step": _run_steps,
+    "sweep": _run_sweep,
+    "margins": _run_margins,
+}

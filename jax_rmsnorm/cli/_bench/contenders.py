@@ -59,6 +59,10 @@ class JaxContender(Contender):
     def call(self, case: Case) -> Call:
         """The call to time."""
 
+    def calls(self, case: Case) -> Sequence[Call]:
+        """All ways to make the call, of which the fastest counts."""
+        return [self.call(case)]
+
     def prepare(
         self, case: Case, sets: Sequence[Inputs], plan: Plan, *, chain: bool = False
     ) -> Prepared:
@@ -87,12 +91,17 @@ def make_whole_backward(norm: Norm) -> Call:
 
 
 class Kernel(JaxContender):
-    """This package's kernels."""
+    """This package's kernels; ``sm_margin`` as `jax_rmsnorm.rms_norm` takes it."""
 
     name = KERNEL
 
+    def __init__(self, sm_margin: int | None = None) -> None:
+        self._sm_margin = sm_margin
+
     def call(self, case: Case) -> Call:
-        norm = functools.partial(jax_rmsnorm.rms_norm, eps=EPS, implementation="kernel")
+        norm = functools.partial(
+            jax_rmsnorm.rms_norm, eps=EPS, implementation="kernel", sm_margin=self._sm_margin
+        )
         return make_forward(norm) if case.op == "forward" else make_saved_backward(norm)
 
 
@@ -162,6 +171,10 @@ class Roof(Contender):
         if not hasattr(_ffi.CUDA.module, "roof"):
             return f"this build has no such kernel: {_ffi.CUDA.reason or 'it is older'}"
         return None
+
+    def calls(self, case: Case) -> Sequence[Call]:
+        """All launch configurations, of which the fastest counts."""
+        return [_roof_call(case, variant) for variant in range(_roof_variants())]
 
     def prepare(
         self, case: Case, sets: Sequence[Inputs], plan: Plan, *, chain: bool = False

@@ -47,7 +47,7 @@ def progress(row: Row, seconds: float) -> str:
 
 
 def _plain(cell: Cell) -> str:
-    return cell.status if cell.timing is None else f"{_microseconds(cell.timing.median)} µs"
+    return cell.status if cell.timing is None else f"{microseconds(cell.timing.median)} µs"
 
 
 class _Column(NamedTuple):
@@ -79,29 +79,29 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def _columns(rows: Sequence[Row], others: Sequence[str]) -> Iterator[_Column]:
-    yield _Column(KERNEL, lambda row: _cell(row, KERNEL))
+    yield _Column(KERNEL, lambda row: entry(row, KERNEL))
     yield _Column("±", lambda row: _spread(row.cells[KERNEL]))
     if any(row.cells[KERNEL].device for row in rows):
         yield _Column("profiled", lambda row: _device(row.cells[KERNEL]))
-    yield _Column("GB/s", lambda row: _gigabytes(row.bytes_per_second(KERNEL)))
+    yield _Column("GB/s", lambda row: gigabytes(row.bytes_per_second(KERNEL)))
     if any(ROOF in row.cells for row in rows):
-        yield _Column(ROOF, lambda row: _cell(row, ROOF))
+        yield _Column(ROOF, lambda row: entry(row, ROOF))
         yield _Column(
             "of roof",
-            lambda row: _decimals(row.of_roof(KERNEL)),
-            lambda summary: _decimals(summary.of_roof),
+            lambda row: decimals(row.of_roof(KERNEL)),
+            lambda summary: decimals(summary.of_roof),
         )
     yield _Column("best other", lambda row: row.best_other())
     yield _Column(
         "speed-up",
-        lambda row: _times(row.speedup(over=row.best_other())),
-        lambda summary: _times(summary.speedup),
+        lambda row: times(row.speedup(over=row.best_other())),
+        lambda summary: times(summary.speedup),
     )
     for name in others:
         yield _Column(
             name,
-            lambda row, name=name: _cell(row, name),
-            lambda summary, name=name: _times(summary.over.get(name)),
+            lambda row, name=name: entry(row, name),
+            lambda summary, name=name: times(summary.over.get(name)),
         )
     if any(row.cells[KERNEL].chain for row in rows):
         yield _Column("chain", lambda row: _chain(row, KERNEL))
@@ -133,26 +133,27 @@ def notes(rows: Sequence[Row], absent: Mapping[str, str], cache_bytes: int) -> I
                 yield f"{name}, {row.case}: {cell.status}: {cell.message}"
 
 
-def _cell(row: Row, name: str) -> str | None:
+def entry(row: Row, name: str) -> str | None:
+    """A contender's microseconds, or what became of it."""
     cell = row.cells.get(name)
     if cell is None:
         return None
-    return cell.status if cell.timing is None else _microseconds(cell.timing.median)
+    return cell.status if cell.seconds is None else microseconds(cell.seconds)
 
 
 def _spread(cell: Cell) -> str | None:
     if cell.timing is None:
         return None
-    return _microseconds((cell.timing.upper - cell.timing.lower) / 2)
+    return microseconds((cell.timing.upper - cell.timing.lower) / 2)
 
 
 def _device(cell: Cell) -> str | None:
-    return None if cell.device is None else _microseconds(cell.device.seconds)
+    return None if cell.device is None else microseconds(cell.device.seconds)
 
 
 def _chain(row: Row, name: str) -> str | None:
     seconds = row.seconds(name, chain=True)
-    return None if seconds is None else _microseconds(seconds)
+    return None if seconds is None else microseconds(seconds)
 
 
 def _best_chain(row: Row) -> str | None:
@@ -160,19 +161,19 @@ def _best_chain(row: Row) -> str | None:
     return None if name is None else f"{name} {_chain(row, name)}"
 
 
-def _microseconds(seconds: float) -> str:
+def microseconds(seconds: float) -> str:
     return f"{seconds * 1e6:.2f}" if seconds < 1e-5 else f"{seconds * 1e6:.1f}"
 
 
-def _gigabytes(bytes_per_second: float | None) -> str | None:
+def gigabytes(bytes_per_second: float | None) -> str | None:
     if bytes_per_second is None:
         return None
     return f"{bytes_per_second / 1e9:.{0 if bytes_per_second >= 1e11 else 1}f}"
 
 
-def _decimals(ratio: float | None) -> str | None:
+def decimals(ratio: float | None) -> str | None:
     return None if ratio is None else f"{ratio:.3f}"
 
 
-def _times(ratio: float | None) -> str | None:
+def times(ratio: float | None) -> str | None:
     return None if ratio is None else f"{ratio:.2f}x"

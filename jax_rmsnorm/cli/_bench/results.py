@@ -25,6 +25,24 @@ class Cell:
     chain: Timing | None = None
     device: DeviceTime | None = None
 
+    @property
+    def seconds(self) -> float | None:
+        """The median of a call in a loop, or the device's time where that alone was measured."""
+        if self.timing is not None:
+            return self.timing.median
+        return None if self.device is None else self.device.seconds
+
+
+def failure(error: Exception) -> Cell:
+    """The cell of a contender that raised."""
+    return Cell("failed", describe(error))
+
+
+def describe(error: Exception) -> str:
+    """An error on one line."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -35,10 +53,13 @@ class Row:
     cells: Mapping[str, Cell]
 
     def seconds(self, name: str, *, chain: bool = False) -> float | None:
-        """The median of a contender; None if there is none."""
+        """A contender's time; None if there is none."""
         cell = self.cells.get(name)
-        timing = None if cell is None else cell.chain if chain else cell.timing
-        return None if timing is None else timing.median
+        if cell is None:
+            return None
+        if not chain:
+            return cell.seconds
+        return None if cell.chain is None else cell.chain.median
 
     def bytes_per_second(self, name: str) -> float | None:
         seconds = self.seconds(name)
@@ -128,7 +149,7 @@ def _cell_to_json(row: Row, name: str) -> dict[str, Any]:
                 "quartiles_us": [timing.lower * 1e6, timing.upper * 1e6],
                 "samples": timing.samples,
             }
-    if cell.timing is not None:
+    if cell.seconds is not None:
         found["bytes_per_second"] = row.bytes_per_second(name)
         found["of_roof"] = row.of_roof(name)
     if cell.device is not None:

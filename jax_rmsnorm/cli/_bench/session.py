@@ -14,7 +14,7 @@ from .check import Check
 from .contenders import Contender
 from .names import KERNEL, RIVALS, ROOF
 from .peers import CONTENDERS
-from .results import Cell, Row
+from .results import Cell, Row, describe, failure
 from .shapes import Case
 from .timing import PLANS, Plan, Prepared, race
 
@@ -117,7 +117,7 @@ class _Runner:
                 problem = contender.problem(ready[name].results(), check)
                 cells[name] = Cell("timed") if problem is None else Cell("wrong", problem)
             except Exception as error:  # a rival may raise anything, and the run goes on
-                cells[name] = _failure(error)
+                cells[name] = failure(error)
         ready = {
             name: prepared for name, prepared in ready.items() if cells[name].status == "timed"
         }
@@ -145,7 +145,7 @@ class _Runner:
                     contender = self.contenders[name]
                     chains[name] = contender.prepare(case, stationary, self.plan, chain=True)
                 except Exception as error:
-                    cell.message = f"no chain: {_describe(error)}"
+                    cell.message = f"no chain: {describe(error)}"
         return chains
 
     def _profile(self, ready: Mapping[str, Prepared], cells: Mapping[str, Cell]) -> None:
@@ -153,13 +153,4 @@ class _Runner:
             try:
                 cells[name].device = ready[name].profile()
             except Exception as error:  # profilers fail in many ways, and the times are there
-                cells[name].message = f"no device time: {_describe(error)}"
-
-
-def _failure(error: Exception) -> Cell:
-    return Cell("failed", _describe(error))
-
-
-def _describe(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
+                cells[name].message = f"no device time: {describe(error)}"

@@ -43,7 +43,7 @@ TABLES: Mapping[str, tuple[Shape, ...]] = {
     "hidden": tuple((2**26 // hidden, hidden) for hidden in (2**k for k in range(6, 18))),
 }
 DTYPES = ("float32", "bfloat16", "float16")
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Case:
 
     @property
     def tensor_bytes(self) -> int:
-        return self.rows * self.hidden * _ITEM_BYTES[self.x_dtype]
+        return self.rows * self.hidden * ITEM_BYTES[self.x_dtype]
 
     @property
     def moved_bytes(self) -> int:
