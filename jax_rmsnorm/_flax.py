@@ -7,7 +7,7 @@ carries an option that Flax's code does not know, such a call is an error instea
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import jax
@@ -144,15 +144,18 @@ def add_and_normalize(
     return add_rms_norm(x, residual, gamma, copies=copies, **_options(module, residual, dtype))
 
 
-def add(x: jax.Array, residual: jax.Array) -> jax.Array:
-    """x + residual as `add_rms_norm` has it, for a call that is not covered."""
-    return _reference.add(residual, x).astype(residual.dtype)
-
-
-def copy(y: jax.Array, copies: int | None) -> jax.Array | tuple[jax.Array, ...]:
-    """What `rms_norm` would return of y, for a call that is not covered."""
+def normalize_uncovered(
+    flax_norm: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+    residual: jax.Array | None,
+    copies: int | None,
+) -> jax.Array | tuple[jax.Array, ...] | tuple[jax.Array | tuple[jax.Array, ...], jax.Array]:
+    """What the functions would return, in a call that they do not cover: of Flax's own norm."""
     number = check_copies(copies)
-    return y if number is None else (y,) * number
+    h = x if residual is None else _reference.add(residual, x).astype(residual.dtype)
+    y = flax_norm(h)
+    result = y if number is None else (y,) * number
+    return result if residual is None else (result, h)
 
 
 def _gamma(module: RMSNormModule, x: jax.Array, scale: jax.Array | None) -> jax.Array | None:

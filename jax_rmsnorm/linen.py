@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from typing import overload
 
@@ -122,10 +123,8 @@ class RMSNorm(nn.RMSNorm):
             reason = "force_float32_reductions must be True, got False"
         if reason is not None:
             _flax.require_no_options(self, reason)
-            if stream is None:
-                return _flax.copy(_flax_call(self, x, mask=mask), copies)
-            h = _flax.add(array, stream)
-            return _flax.copy(_flax_call(self, h, mask=mask), copies), h
+            flax_norm = functools.partial(_flax_call, self, mask=mask)
+            return _flax.normalize_uncovered(flax_norm, array, stream, copies)
 
         scale = None
         if self.use_scale:

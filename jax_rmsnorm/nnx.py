@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, overload
@@ -172,10 +173,8 @@ class RMSNorm(nnx.RMSNorm):
             reason = _flax.why_not_covered(self, normalized, scale_dtype, mask)
         if reason is not None:
             _flax.require_no_options(self, reason)
-            if stream is None:
-                return _flax.copy(super().__call__(x, mask), copies)
-            h = _flax.add(array, stream)
-            return _flax.copy(super().__call__(h, mask), copies), h
+            flax_norm = functools.partial(super().__call__, mask=mask)
+            return _flax.normalize_uncovered(flax_norm, array, stream, copies)
         normalized, scale = self.promote_dtype((normalized, scale), dtype=self.dtype)
         if stream is None:
             return _flax.normalize(self, normalized, scale, normalized.dtype, copies)
