@@ -5,12 +5,21 @@ Supported: jax 0.10.2 and later. Nothing here is needed for the mathematics, onl
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
 # Runs a primitive outside `jax.jit` by compiling it, also under `jax.disable_jit`; nothing public does.
 from jax._src.dispatch import apply_primitive as apply_primitive
+
+# The devices and the mesh of the program are known to a lowering only if one of its primitives is in this set.
+from jax._src.dispatch import prim_requires_devices_during_lowering
+
+# Says what a lowering is a part of: a program to be partitioned, or one for the shards of some axes of a mesh.
+from jax._src.sharding_impls import ShardingContext as ShardingContext
+from jax._src.sharding_impls import SPMDAxisContext as SPMDAxisContext
 
 # Rules of custom primitives. `jax.interpreters` exports these modules for such use, without type stubs' promises.
 from jax.interpreters import batching as batching
@@ -49,3 +58,45 @@ def result_type(like: Any, shape: tuple[Any, ...], dtype: Any, spec: tuple[Any, 
 def is_static_dim(dim: Any) -> bool:
     """Whether an axis length is a number, and not a symbol of shape-polymorphic export."""
     return isinstance(dim, int)
+
+
+def requires_devices(primitive: Any) -> None:
+    """Makes JAX tell the primitive's lowering what devices and what mesh the program is for."""
+    prim_requires_devices_during_lowering.add(primitive)
+
+
+def no_mesh() -> Any:
+    """A context in which arrays have no mesh in their types, whatever the program's mesh is.
+
+    The program for one shard is traced while that of the whole is compiled. From 0.11 on, an operation of `jax.numpy`
+    in it would be lowered with the sharding that its type has in an explicit mesh, for which a shard has no place.
+    """
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+
+
+class _Unpickled:
+    """Holds an object, and none once it is unpickled."""
+
+    def __init__(self, kept: Any = None) -> None:
+        self.kept = kept
+
+    def __reduce__(self) -> Any:
+        return _Unpickled, ()
+
+
+@contextlib.contextmanager
+def serializable(ctx: Any) -> Iterator[None]:
+    """Where custom_partitioning is lowered, lets the compiled program be serialized all the same.
+
+    What the partitioner calls back is kept with the executable, for no use after the compilation, and cannot be
+    pickled.
+    """
+    kept = ctx.module_context.keepalives
+    before = len(kept)
+    yield
+    kept[before:] = map(_Unpickled, kept[before:])
+
+
+def is_shardy_used() -> bool:
+    """Whether Shardy propagates shardings, as it does by default, and not GSPMD."""
+    return bool(getattr(jax.config, "jax_use_shardy_partitioner", True))

@@ -23,6 +23,8 @@ equal the last ones in front of N. Of each head's first R elements, pairs (a, b)
     backward    norm's backward of dy rotated back, by -sin
 
 A pair is (v[i], v[i + R/2]), or with ``interleaved`` (v[2 i], v[2 i + 1]).
+
+``shards`` are the mesh axes over which the last axis is sharded, for a program that computes one shard.
 """
 
 from __future__ import annotations
@@ -81,11 +83,21 @@ def _round_to_jvp(
     return _round_to(primals[0], dtype), tangents[0]
 
 
+def _mean(values: jax.Array, shards: Sequence[str]) -> jax.Array:
+    mean = jnp.mean(values, axis=-1)
+    return lax.pmean(mean, tuple(shards)) if shards else mean
+
+
 def _normalize(
-    wide: jax.Array, x_dtype: DTypeLike, gamma: jax.Array | None, options: Options
+    wide: jax.Array,
+    x_dtype: DTypeLike,
+    gamma: jax.Array | None,
+    options: Options,
+    shards: Sequence[str] = (),
 ) -> tuple[jax.Array, jax.Array]:
     """Returns y [..., H] and the reciprocal RMS [...] of x, all of them in ``wide``'s dtype."""
-    rrms = lax.rsqrt(jnp.mean(wide * wide, axis=-1) + jnp.asarray(options.eps, wide.dtype))
+    mean = _mean(wide * wide, shards)
+    rrms = lax.rsqrt(mean + jnp.asarray(options.eps, wide.dtype))
     y = wide * rrms[..., None]
     if options.rounding == "before_gamma":
         y = _round_to(y, x_dtype)
@@ -100,11 +112,15 @@ def _copy(y: jax.Array, copies: int, options: Options) -> list[jax.Array]:
 
 
 def forward(
-    x: jax.Array, gamma: jax.Array | None, options: Options, copies: int = 1
+    x: jax.Array,
+    gamma: jax.Array | None,
+    options: Options,
+    copies: int = 1,
+    shards: Sequence[str] = (),
 ) -> tuple[jax.Array, ...]:
     """Returns ``copies`` times y [..., H] in ``options.out_dtype``; the reciprocal RMS [...] in the compute dtype."""
     wide = x.astype(_norm_dtype(x, gamma, options))
-    y, rrms = _normalize(wide, x.dtype, gamma, options)
+    y, rrms = _normalize(wide, x.dtype, gamma, options, shards)
     return *_copy(y, copies, options), rrms
 
 
@@ -120,6 +136,7 @@ def backward(
     dys: Sequence[jax.Array],
     options: Options,
     dh: jax.Array | None = None,
+    shards: Sequence[str] = (),
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns dx (plus ``dh``) in x's dtype, and dgamma in gamma's dtype and shape (None without gamma)."""
     dtype = rrms.dtype
@@ -133,8 +150,8 @@ def backward(
         )
         rows = tuple(range(gamma.ndim - 1, x.ndim - 1))
         dgamma = jnp.sum(dy * rounded, axis=rows).astype(gamma.dtype)
-    c = jnp.mean(dn * normalized, axis=-1, keepdims=True)
-    dx = rrms[..., None] * (dn - normalized * c)
+    c = _mean(dn * normalized, shards)
+    dx = rrms[..., None] * (dn - normalized * c[..., None])
     if dh is not None:
         dx = dx + dh.astype(dtype)
     return dx.astype(x.dtype), dgamma
@@ -147,12 +164,18 @@ def add(x: jax.Array, addend: jax.Array) -> jax.Array:
 
 
 def add_forward(
-    x: jax.Array, addend: jax.Array, gamma: jax.Array | None, options: Options, copies: int = 1
+    x: jax.Array,
+    addend: jax.Array,
+    gamma: jax.Array | None,
+    options: Options,
+    copies: int = 1,
+    shards: Sequence[str] = (),
 ) -> tuple[jax.Array, ...]:
     """Returns ``copies`` times y, h [..., H] in x's dtype, and the reciprocal RMS of h."""
     # Both results come from the wide sum, so that in its gradient theirs are added before they are rounded.
     wide = add(x, addend)
-    y, rrms = _normalize(wide.astype(_norm_dtype(x, gamma, options)), x.dtype, gamma, options)
+    norm_dtype = _norm_dtype(x, gamma, options)
+    y, rrms = _normalize(wide.astype(norm_dtype), x.dtype, gamma, options, shards)
     return *_copy(y, copies, options), wide.astype(x.dtype), rrms
 
 
@@ -163,9 +186,10 @@ def add_backward(
     dys: Sequence[jax.Array],
     dh: jax.Array,
     options: Options,
+    shards: Sequence[str] = (),
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns the gradient of x and of the addend, in h's dtype, and dgamma as `backward` does."""
-    return backward(h, gamma, rrms, dys, options, dh)
+    return backward(h, gamma, rrms, dys, options, dh, shards)
 
 
 def rotate(v: jax.Array, cos: jax.Array, sin: jax.Array, options: Options) -> jax.Array:

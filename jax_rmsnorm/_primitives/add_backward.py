@@ -17,10 +17,19 @@ from jax.extend.core import Primitive
 
 from .. import _ffi, _reference
 from .._options import Options
+from .._partitioning import Axes, Rule
 from .backward import backward
-from .common import backward_types, batch_as_groups, with_scratch, without_scratch
+from .common import (
+    backward_results,
+    backward_scratch,
+    backward_types,
+    batch_as_groups,
+    forward_dims,
+    present,
+    sum_dgamma,
+)
 from .gradients import add_up, add_up_many, gradients_attributes, split_gradients
-from .lowering import backward_attributes, register, rows_are_aligned
+from .lowering import backward_attributes, register, require_whole_rows, rows_are_aligned
 
 add_backward_p = Primitive("rms_norm_add_backward")
 add_backward_p.multiple_results = True
@@ -37,7 +46,7 @@ def add_backward(
     """Returns dx in h's dtype, and dgamma in gamma's dtype (None without gamma). All dys are of one dtype."""
     dys = add_up_many(dys)
     operands = (h, rrms, dh, *dys) if gamma is None else (h, rrms, dh, *dys, gamma)
-    return without_scratch(add_backward_p.bind(*operands, options=options, gradients=len(dys)))
+    return backward_results(add_backward_p.bind(*operands, options=options, gradients=len(dys)))
 
 
 def _abstract_eval(
@@ -55,8 +64,39 @@ def _reference_rule(
     gradients: int,
 ) -> list[jax.Array]:
     dys, gamma = split_gradients(rest, gradients)
-    results = _reference.add_backward(h, gamma, rrms, dys, dh, options)
-    return with_scratch(results, h, *rest[gradients:])
+    return present(*_reference.add_backward(h, gamma, rrms, dys, dh, options))
+
+
+def _rule(h: Any, rrms: Any, dh: Any, *rest: Any, options: Options, gradients: int) -> Rule:
+    h_dims, rows, gamma_dims = forward_dims(h, *rest[gradients:])
+    gradients_dims = [h_dims] * (1 + gradients)
+    return Rule([h_dims, rows, *gradients_dims, *gamma_dims], [h_dims, *gamma_dims])
+
+
+def _shard(
+    local: Any,
+    axes: Axes,
+    h: jax.Array,
+    rrms: jax.Array,
+    dh: jax.Array,
+    *rest: jax.Array,
+    options: Options,
+    gradients: int,
+) -> Sequence[jax.Array]:
+    dys, gamma = split_gradients(rest, gradients)
+
+    def run(gamma: jax.Array | None) -> Sequence[jax.Array]:
+        if not axes.hidden:
+            return local(h, rrms, dh, *dys, *present(gamma))
+        require_whole_rows(options, axes)
+        results = _reference.add_backward(h, gamma, rrms, dys, dh, options, shards=axes.hidden)
+        return present(*results)
+
+    return sum_dgamma(run, axes, gamma, h.ndim)
+
+
+def _scratch(h: Any, rrms: Any, dh: Any, *rest: Any, options: Options, gradients: int) -> list[Any]:
+    return backward_scratch(h, *rest[gradients:])
 
 
 def _target_attributes(*_: Any, options: Options, gradients: int) -> dict[str, Any]:
@@ -83,7 +123,7 @@ def _unfused(
     if options.rounding == "before_gamma" and gamma is not None:
         _, dgamma = backward(h, gamma, rrms, dys, options)  # of the value rounded to h's own dtype
     dx = (dx + dh.astype(jnp.float32)).astype(h.dtype)
-    return with_scratch((dx, dgamma), h, *rest[gradients:])
+    return present(dx, dgamma)
 
 
 register(
@@ -91,8 +131,11 @@ register(
     abstract_eval=_abstract_eval,
     batch=functools.partial(batch_as_groups, add_backward_p),
     reference=_reference_rule,
+    rule=_rule,
+    shard=_shard,
     target=_ffi.ADD_BACKWARD,
     target_attributes=_target_attributes,
+    scratch=_scratch,
     fuses=_fuses,
     unfused=_unfused,
 )

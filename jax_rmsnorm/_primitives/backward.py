@@ -14,9 +14,18 @@ from jax.extend.core import Primitive
 
 from .. import _ffi, _reference
 from .._options import Options
-from .common import backward_types, batch_as_groups, with_scratch, without_scratch
+from .._partitioning import Axes, Rule
+from .common import (
+    backward_results,
+    backward_scratch,
+    backward_types,
+    batch_as_groups,
+    forward_dims,
+    present,
+    sum_dgamma,
+)
 from .gradients import add_up, add_up_many, gradients_attributes, split_gradients
-from .lowering import backward_attributes, register, rows_are_aligned
+from .lowering import backward_attributes, register, require_whole_rows, rows_are_aligned
 
 backward_p = Primitive("rms_norm_backward")
 backward_p.multiple_results = True
@@ -32,7 +41,7 @@ def backward(
     """Returns dx in x's dtype, and dgamma in gamma's dtype (None without gamma). All dys are of one dtype."""
     dys = add_up_many(dys)
     operands = (x, rrms, *dys) if gamma is None else (x, rrms, *dys, gamma)
-    return without_scratch(backward_p.bind(*operands, options=options, gradients=len(dys)))
+    return backward_results(backward_p.bind(*operands, options=options, gradients=len(dys)))
 
 
 def _abstract_eval(x: Any, rrms: Any, *rest: Any, options: Options, gradients: int) -> list[Any]:
@@ -43,7 +52,37 @@ def _reference_rule(
     x: jax.Array, rrms: jax.Array, *rest: jax.Array, options: Options, gradients: int
 ) -> list[jax.Array]:
     dys, gamma = split_gradients(rest, gradients)
-    return with_scratch(_reference.backward(x, gamma, rrms, dys, options), x, *rest[gradients:])
+    return present(*_reference.backward(x, gamma, rrms, dys, options))
+
+
+def _rule(x: Any, rrms: Any, *rest: Any, options: Options, gradients: int) -> Rule:
+    x_dims, rows, gamma_dims = forward_dims(x, *rest[gradients:])
+    return Rule([x_dims, rows, *[x_dims] * gradients, *gamma_dims], [x_dims, *gamma_dims])
+
+
+def _shard(
+    local: Any,
+    axes: Axes,
+    x: jax.Array,
+    rrms: jax.Array,
+    *rest: jax.Array,
+    options: Options,
+    gradients: int,
+) -> Sequence[jax.Array]:
+    dys, gamma = split_gradients(rest, gradients)
+
+    def run(gamma: jax.Array | None) -> Sequence[jax.Array]:
+        if not axes.hidden:
+            return local(x, rrms, *dys, *present(gamma))
+        require_whole_rows(options, axes)
+        results = _reference.backward(x, gamma, rrms, dys, options, shards=axes.hidden)
+        return present(*results)
+
+    return sum_dgamma(run, axes, gamma, x.ndim)
+
+
+def _scratch(x: Any, rrms: Any, *rest: Any, options: Options, gradients: int) -> list[Any]:
+    return backward_scratch(x, *rest[gradients:])
 
 
 def _target_attributes(*_: Any, options: Options, gradients: int) -> dict[str, Any]:
@@ -58,7 +97,7 @@ def _unfused(
     x: jax.Array, rrms: jax.Array, *rest: jax.Array, options: Options, gradients: int
 ) -> list[jax.Array]:
     dys, gamma = split_gradients(rest, gradients)
-    return with_scratch(backward(x, gamma, rrms, [add_up(dys)], options), x, *rest[gradients:])
+    return present(*backward(x, gamma, rrms, [add_up(dys)], options))
 
 
 register(
@@ -66,8 +105,11 @@ register(
     abstract_eval=_abstract_eval,
     batch=functools.partial(batch_as_groups, backward_p),
     reference=_reference_rule,
+    rule=_rule,
+    shard=_shard,
     target=_ffi.BACKWARD,
     target_attributes=_target_attributes,
+    scratch=_scratch,
     fuses=_fuses,
     unfused=_unfused,
 )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from .._compat import batching, is_static_dim, result_type
 from .._options import Options
+from .._partitioning import GAMMA, HIDDEN, Axes, Dims, row_dims
 
 KERNEL_DTYPES = frozenset(map(np.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 
@@ -29,32 +31,67 @@ def forward_types(x: Any, options: Options, *, save_rrms: bool) -> tuple[Any, li
 
 
 def backward_types(x: Any, *gamma: Any) -> list[Any]:
-    """The types of dx, and with a gamma of dgamma and of its scratch."""
+    """The types of dx, and with a gamma of dgamma."""
     dx = result_type(x, x.shape, x.dtype, tuple(x.sharding.spec))
     if not gamma:
         return [dx]
     (g,) = gamma
-    # Groups are x's own first axes, and sharded as they are there; gamma may have been broadcast to them.
-    spec = (*x.sharding.spec[: g.ndim - 1], g.sharding.spec[-1])
-    dgamma = result_type(x, g.shape, g.dtype, spec)
+    return [dx, result_type(x, g.shape, g.dtype, _dgamma_spec(x, g))]
+
+
+def backward_scratch(x: Any, *gamma: Any) -> list[Any]:
+    """The type of the kernels' scratch for dgamma, if there is a gamma."""
+    if not gamma:
+        return []
+    (g,) = gamma
+    *groups, hidden = _dgamma_spec(x, g)
     shape = _scratch_shape(x.shape, g.shape)
-    scratch = result_type(x, shape, jnp.dtype("float32"), (*spec[:-1], None, spec[-1]))
-    return [dx, dgamma, scratch]
+    return [result_type(x, shape, jnp.dtype("float32"), (*groups, None, hidden))]
 
 
-def with_scratch(
-    gradients: tuple[jax.Array, jax.Array | None], x: jax.Array, *gamma: jax.Array
-) -> list[jax.Array]:
-    """dx and dgamma as plain JAX computes them, in the form of a primitive's results: `backward_types`."""
-    dx, dgamma = gradients
-    if dgamma is None:
-        return [dx]
-    return [dx, dgamma, jnp.zeros(_scratch_shape(x.shape, gamma[0].shape), jnp.float32)]
+def _dgamma_spec(x: Any, gamma: Any) -> tuple[Any, ...]:
+    # Groups are x's own first axes, and sharded as they are there; gamma may have been broadcast to them.
+    return (*x.sharding.spec[: gamma.ndim - 1], gamma.sharding.spec[-1])
 
 
-def without_scratch(results: list[jax.Array]) -> tuple[jax.Array, jax.Array | None]:
-    """The reverse: dx, and dgamma or None."""
+def backward_results(results: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array | None]:
+    """dx, and dgamma or None, from the results of a primitive."""
     return results[0], results[1] if len(results) > 1 else None
+
+
+def present(*arrays: jax.Array | None) -> list[jax.Array]:
+    """The arrays that there are: a primitive has no results that are None."""
+    return [array for array in arrays if array is not None]
+
+
+def forward_dims(x: Any, *gamma: Any) -> tuple[Dims, Dims, list[Dims]]:
+    """The dimensions, by name, of x, of a row's numbers such as rrms, and of gamma in a list, empty without one."""
+    rows = row_dims(x.ndim)
+    return (*rows, HIDDEN), rows, [(*rows[: g.ndim - 1], GAMMA) for g in gamma]
+
+
+def sum_dgamma(
+    backward: Callable[[jax.Array | None], Sequence[jax.Array]],
+    axes: Axes,
+    gamma: jax.Array | None,
+    ndim: int,
+) -> list[jax.Array]:
+    """The backward of a device's shards: dx, and if there is a gamma dgamma, summed over all that have rows of it.
+
+    Args:
+        backward: from gamma to dx and dgamma of these shards.
+        axes: what they are sharded over.
+        gamma: the shard of gamma, or None.
+        ndim: of x.
+    """
+    if gamma is None:
+        return list(backward(None))
+    # In float32, and rounded once: dgamma has gamma's dtype.
+    dx, dgamma = backward(gamma.astype(jnp.float32))
+    groups = row_dims(ndim)[: gamma.ndim - 1]
+    if over := axes.of_rows_without(groups):
+        dgamma = lax.psum(dgamma, over)
+    return [dx, dgamma.astype(gamma.dtype)]
 
 
 def _scratch_shape(x_shape: tuple[Any, ...], gamma_shape: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ The mathematics is `_reference.forward`. Groups are there so that a gamma batche
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,8 +13,9 @@ from jax.extend.core import Primitive
 
 from .. import _ffi, _reference
 from .._options import Options
-from .common import batch_gamma, batch_in_front, batch_size, forward_types
-from .lowering import forward_attributes, register
+from .._partitioning import Axes, Rule
+from .common import batch_gamma, batch_in_front, batch_size, forward_dims, forward_types
+from .lowering import forward_attributes, register, require_whole_rows
 
 forward_p = Primitive("rms_norm_forward")
 forward_p.multiple_results = True
@@ -42,6 +44,22 @@ def _reference_rule(
     return [y, rrms] if save_rrms else [y]
 
 
+def _rule(x: Any, *gamma: Any, options: Options, save_rrms: bool) -> Rule:
+    x_dims, rows, gamma_dims = forward_dims(x, *gamma)
+    return Rule([x_dims, *gamma_dims], [x_dims, rows] if save_rrms else [x_dims])
+
+
+def _shard(
+    local: Any, axes: Axes, x: jax.Array, *gamma: jax.Array, options: Options, save_rrms: bool
+) -> Sequence[jax.Array]:
+    if not axes.hidden:
+        return local(x, *gamma)
+    require_whole_rows(options, axes)
+    g = gamma[0] if gamma else None
+    y, rrms = _reference.forward(x, g, options, shards=axes.hidden)
+    return [y, rrms] if save_rrms else [y]
+
+
 def _target_attributes(*_: Any, options: Options, save_rrms: bool) -> dict[str, Any]:
     return forward_attributes(options, save_rrms=save_rrms)
 
@@ -59,6 +77,8 @@ register(
     abstract_eval=_abstract_eval,
     batch=_batch,
     reference=_reference_rule,
+    rule=_rule,
+    shard=_shard,
     target=_ffi.FORWARD,
     target_attributes=_target_attributes,
 )

@@ -7,11 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Primitive
 
 from .. import _ffi
-from .._compat import apply_primitive, batching, is_static_dim, mlir
+from .._compat import apply_primitive, batching, is_static_dim, mlir, requires_devices, serializable
 from .._options import Options
+from .._partitioning import Axes, Rule, is_on_one_device, partitioned, why_not_partitioned
 
 # XLA checks the types of attributes strictly, hence the NumPy scalars.
 
@@ -39,29 +42,92 @@ def register(
     abstract_eval: Callable[..., Sequence[Any]],
     batch: Callable[..., Any],
     reference: Callable[..., Sequence[jax.Array]],
+    rule: Callable[..., Rule],
+    shard: Callable[..., Sequence[jax.Array]],
     target: str,
     target_attributes: Callable[..., dict[str, Any]],
+    scratch: Callable[..., Sequence[Any]] | None = None,
     fuses: Callable[..., bool] | None = None,
     unfused: Callable[..., Sequence[jax.Array]] | None = None,
 ) -> None:
     """Registers all rules of a primitive.
 
-    There is one lowering for all platforms: the kernel's custom call where one is loaded, else plain JAX.
+    There is one lowering for all platforms and meshes. Where there is something to split, `_partitioning` does that.
+    What one device does is a second primitive's: the kernel's custom call where one is loaded, else plain JAX.
 
     Args:
         primitive: takes a parameter ``options``.
         abstract_eval: from the operands' types to the results'.
         batch: JAX's batching rule.
         reference: same operands, parameters and results as the primitive.
+        rule: from the operands and parameters to the `Rule` by which the operation is split.
+        shard: from what one device does, as a function of operands, then `Axes`, the operands' shards and parameters,
+            to the results' shards.
         target: name of the XLA FFI target.
         target_attributes: from the operands' types and the primitive's parameters to the custom call's attributes.
-        fuses: from what ``target_attributes`` takes, whether the CUDA kernel takes such operands; None if it takes all.
+        scratch: from the same to the types of the custom call's further results; None if it has none.
+        fuses: from the same, whether the CUDA kernel takes such operands; None if it takes all.
         unfused: in place of the CUDA kernel where it does not: as ``reference``, but with simpler kernels in it.
     """
+    call = _kernel_call(
+        primitive.name, abstract_eval, reference, target, target_attributes, scratch, fuses, unfused
+    )
     primitive.def_abstract_eval(abstract_eval)
     primitive.def_impl(functools.partial(apply_primitive, primitive))
     batching.primitive_batchers[primitive] = batch
-    plain = mlir.lower_fun(reference, multiple_results=True)
+
+    def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
+        local = functools.partial(call, **params)
+        if is_on_one_device(ctx):
+            run = local
+        elif (why := why_not_partitioned(ctx)) is None:
+            run = partitioned(
+                rule(*ctx.avals_in, **params),
+                local,
+                lambda axes, *shards: shard(local, axes, *shards, **params),
+            )
+        else:
+            if params["options"].require_kernel:
+                raise NotImplementedError(
+                    f"implementation='kernel' on several devices: {why}. Use implementation=None to fall back to "
+                    "plain JAX there, or call it inside jax.shard_map over all axes of the mesh."
+                )
+            run = functools.partial(reference, **params)
+        with serializable(ctx):
+            return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
+
+    mlir.register_lowering(primitive, lower)
+    requires_devices(primitive)
+
+
+def _kernel_call(
+    name: str,
+    abstract_eval: Callable[..., Sequence[Any]],
+    reference: Callable[..., Sequence[jax.Array]],
+    target: str,
+    target_attributes: Callable[..., dict[str, Any]],
+    scratch: Callable[..., Sequence[Any]] | None,
+    fuses: Callable[..., bool] | None,
+    unfused: Callable[..., Sequence[jax.Array]] | None,
+) -> Callable[..., Sequence[jax.Array]]:
+    """The operation on one device: binds a primitive of its own, and leaves its scratch away."""
+    primitive = Primitive(f"{name}_call")
+    primitive.multiple_results = True
+
+    def scratch_types(*operands: Any, **params: Any) -> Sequence[Any]:
+        return () if scratch is None else scratch(*operands, **params)
+
+    def abstract_eval_call(*operands: Any, **params: Any) -> list[Any]:
+        return [*abstract_eval(*operands, **params), *scratch_types(*operands, **params)]
+
+    def with_scratch(run: Callable[..., Sequence[jax.Array]]) -> Any:
+        def run_all(*operands: jax.Array, **params: Any) -> list[jax.Array]:
+            unused = scratch_types(*map(jax.typeof, operands), **params)
+            return [*run(*operands, **params), *(jnp.zeros(t.shape, t.dtype) for t in unused)]
+
+        return mlir.lower_fun(run_all, multiple_results=True)
+
+    plain = with_scratch(reference)
 
     def lower_plain(ctx: Any, *operands: Any, **params: Any) -> Any:
         if params["options"].require_kernel:
@@ -77,13 +143,30 @@ def register(
             return lower_plain(ctx, *operands, **params)
         if fuses is None or unfused is None or fuses(*ctx.avals_in, **params):
             return lower_kernel(ctx, *operands, **params)
-        return mlir.lower_fun(unfused, multiple_results=True)(ctx, *operands, **params)
+        return with_scratch(unfused)(ctx, *operands, **params)
 
+    primitive.def_abstract_eval(abstract_eval_call)
     mlir.register_lowering(primitive, lower_plain)
     if _ffi.CPU.module is not None:
         mlir.register_lowering(primitive, lower_kernel, platform="cpu")
     if _ffi.CUDA.module is not None:
         mlir.register_lowering(primitive, lower_cuda, platform="cuda")
+
+    def call(*operands: jax.Array, **params: Any) -> Sequence[jax.Array]:
+        results = primitive.bind(*operands, **params)
+        unused = scratch_types(*map(jax.typeof, operands), **params)
+        return results[: len(results) - len(unused)]
+
+    return call
+
+
+def require_whole_rows(options: Options, axes: Axes) -> None:
+    """Raises if a kernel is asked for where each device has parts of rows."""
+    if options.require_kernel:
+        raise NotImplementedError(
+            f"implementation='kernel' with the normalized axis sharded over {', '.join(axes.hidden)}: "
+            "there are no kernels for parts of rows. Use implementation=None for plain JAX there."
+        )
 
 
 def rows_are_aligned(hidden: Any, *dtypes: np.dtype) -> bool:

@@ -5,6 +5,7 @@ Shapes as for rms_norm_rope_forward; dgamma has gamma's. The mathematics is `_re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,10 +14,20 @@ from jax.extend.core import Primitive
 
 from .. import _ffi, _reference
 from .._options import Options
+from .._partitioning import HIDDEN, Axes, Rule
 from .backward import backward
-from .common import backward_types, batch_in_front, batch_size, with_scratch, without_scratch
+from .common import (
+    backward_results,
+    backward_scratch,
+    backward_types,
+    batch_in_front,
+    batch_size,
+    forward_dims,
+    present,
+    sum_dgamma,
+)
 from .lowering import backward_attributes, register
-from .rope_common import batch_tables, fuses_rope, rope_attributes
+from .rope_common import TABLE, batch_tables, fuses_rope, rope_attributes, table_dims
 
 rope_backward_p = Primitive("rms_norm_rope_backward")
 rope_backward_p.multiple_results = True
@@ -33,7 +44,7 @@ def rope_backward(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns dx in x's dtype, and dgamma in gamma's dtype (None without gamma)."""
     operands = (x, rrms, dy, cos, sin) if gamma is None else (x, rrms, dy, cos, sin, gamma)
-    return without_scratch(rope_backward_p.bind(*operands, options=options))
+    return backward_results(rope_backward_p.bind(*operands, options=options))
 
 
 def _abstract_eval(
@@ -58,8 +69,36 @@ def _reference_rule(
     options: Options,
 ) -> list[jax.Array]:
     g = gamma[0] if gamma else None
-    gradients = _reference.rope_backward(x, g, rrms, dy, cos, sin, options)
-    return with_scratch(gradients, x, *gamma)
+    return present(*_reference.rope_backward(x, g, rrms, dy, cos, sin, options))
+
+
+def _rule(x: Any, rrms: Any, dy: Any, cos: Any, sin: Any, *gamma: Any, options: Options) -> Rule:
+    x_dims, rows, gamma_dims = forward_dims(x, *gamma)
+    operands = [x_dims, rows, x_dims, *table_dims(rows, cos, sin), *gamma_dims]
+    return Rule(operands, [x_dims, *gamma_dims], whole=frozenset({HIDDEN, TABLE}))
+
+
+def _shard(
+    local: Any,
+    axes: Axes,
+    x: jax.Array,
+    rrms: jax.Array,
+    dy: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    *gamma: jax.Array,
+    options: Options,
+) -> Sequence[jax.Array]:
+    def run(gamma: jax.Array | None) -> Sequence[jax.Array]:
+        return local(x, rrms, dy, cos, sin, *present(gamma))
+
+    return sum_dgamma(run, axes, gamma[0] if gamma else None, x.ndim)
+
+
+def _scratch(
+    x: Any, rrms: Any, dy: Any, cos: Any, sin: Any, *gamma: Any, options: Options
+) -> list[Any]:
+    return backward_scratch(x, *gamma)
 
 
 def _target_attributes(x: Any, *_: Any, options: Options) -> dict[str, Any]:
@@ -80,7 +119,7 @@ def _unfused(
     options: Options,
 ) -> list[jax.Array]:
     dy = _reference.rotate(dy.astype(jnp.float32), cos, -sin, options)
-    return with_scratch(backward(x, gamma[0] if gamma else None, rrms, [dy], options), x, *gamma)
+    return present(*backward(x, gamma[0] if gamma else None, rrms, [dy], options))
 
 
 def _batch(operands: Any, axes: Any, *, options: Options) -> Any:
@@ -98,8 +137,11 @@ register(
     abstract_eval=_abstract_eval,
     batch=_batch,
     reference=_reference_rule,
+    rule=_rule,
+    shard=_shard,
     target=_ffi.ROPE_BACKWARD,
     target_attributes=_target_attributes,
+    scratch=_scratch,
     fuses=_fuses,
     unfused=_unfused,
 )

@@ -13,8 +13,18 @@ import numpy as np
 from .. import _ffi
 from .._compat import batching, is_static_dim
 from .._options import Options
+from .._partitioning import Dims
 
 _MOST_ROWS = 2**31  # rows, heads counted, that the CUDA kernels do not count to
+
+
+TABLE = "t"
+"""The last dimension of cos and sin, by name."""
+
+
+def table_dims(rows: Dims, *tables: Any) -> list[Dims]:
+    """The dimensions of cos and sin, by name: x's last ones in front of the heads', and `TABLE`."""
+    return [(*rows[len(rows) - table.ndim : -1], TABLE) for table in tables]
 
 
 def rope_attributes(x: Any, options: Options) -> dict[str, Any]:

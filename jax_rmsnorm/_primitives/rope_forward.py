@@ -7,6 +7,7 @@ What x has in front of P shares them, and so do the N heads. The mathematics is 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,10 +16,11 @@ from jax.extend.core import Primitive
 
 from .. import _ffi, _reference
 from .._options import Options
-from .common import batch_gamma, batch_in_front, batch_size, forward_types
+from .._partitioning import HIDDEN, Axes, Rule
+from .common import batch_gamma, batch_in_front, batch_size, forward_dims, forward_types
 from .forward import forward
 from .lowering import forward_attributes, register
-from .rope_common import batch_tables, fuses_rope, rope_attributes
+from .rope_common import TABLE, batch_tables, fuses_rope, rope_attributes, table_dims
 
 rope_forward_p = Primitive("rms_norm_rope_forward")
 rope_forward_p.multiple_results = True
@@ -56,6 +58,19 @@ def _reference_rule(
     g = gamma[0] if gamma else None
     y, rrms = _reference.rope_forward(x, g, cos, sin, options)
     return [y, rrms] if save_rrms else [y]
+
+
+def _rule(x: Any, cos: Any, sin: Any, *gamma: Any, options: Options, save_rrms: bool) -> Rule:
+    x_dims, rows, gamma_dims = forward_dims(x, *gamma)
+    tables = table_dims(rows, cos, sin)
+    results = [x_dims, rows] if save_rrms else [x_dims]
+    return Rule([x_dims, *tables, *gamma_dims], results, whole=frozenset({HIDDEN, TABLE}))
+
+
+def _shard(
+    local: Any, axes: Axes, *operands: jax.Array, options: Options, save_rrms: bool
+) -> Sequence[jax.Array]:
+    return local(*operands)
 
 
 def _target_attributes(x: Any, *_: Any, options: Options, save_rrms: bool) -> dict[str, Any]:
@@ -97,6 +112,8 @@ register(
     abstract_eval=_abstract_eval,
     batch=_batch,
     reference=_reference_rule,
+    rule=_rule,
+    shard=_shard,
     target=_ffi.ROPE_FORWARD,
     target_attributes=_target_attributes,
     fuses=_fuses,
