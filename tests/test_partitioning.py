@@ -17,8 +17,16 @@ from compiled import collectives, kernels
 from jax.experimental import serialize_executable
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from sharded import (
+    add_gradients,
+    assert_gradients,
+    compile_on,
+    norm_gradients,
+    put,
+    rope_gradients,
+)
 
-from jax_rmsnorm import DISABLED_EXPORT_CHECKS, add_rms_norm, rms_norm, rms_norm_rope
+from jax_rmsnorm import DISABLED_EXPORT_CHECKS, rms_norm
 
 pytestmark = needs_8_devices
 BF16, F32 = jnp.bfloat16, jnp.float32
@@ -35,36 +43,6 @@ AXIS_TYPES = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Expli
 
 def make_mesh(axis_type: AxisType = AxisType.Auto) -> jax.sharding.Mesh:
     return jax.make_mesh((4, 2), ("data", "model"), (axis_type,) * 2)
-
-
-def put(mesh: jax.sharding.Mesh, array: Any, *spec: Any) -> jax.Array:
-    return jax.device_put(array, NamedSharding(mesh, P(*spec)))
-
-
-def norm_gradients(x, gamma, dy, **options):
-    y, vjp = jax.vjp(lambda x, gamma: rms_norm(x, gamma, **options), x, gamma)
-    return y, *vjp(dy)
-
-
-def add_gradients(x, residual, gamma, dy, dh):
-    (y, h), vjp = jax.vjp(add_rms_norm, x, residual, gamma)
-    dx, dresidual, dgamma = vjp((dy, dh.astype(h.dtype)))
-    return y, h, dx, dresidual, dgamma
-
-
-def rope_gradients(q, gamma, cos, sin, dy):
-    y, vjp = jax.vjp(lambda q, gamma: rms_norm_rope(q, gamma, cos, sin), q, gamma)
-    return y, *vjp(dy)
-
-
-def compile_on(mesh: jax.sharding.Mesh, f: Any, *arguments: jax.Array) -> Any:
-    with jax.set_mesh(mesh):
-        return jax.jit(f).lower(*arguments).compile()
-
-
-def assert_gradients(dx, dgamma, want: oracle.Result) -> None:
-    oracle.assert_close(dx, want.dx, terms=want.dx_terms, what="dx")
-    oracle.assert_close(dgamma, want.dgamma, terms=want.dgamma_terms, what="dgamma")
 
 
 # (spec of x, spec of gamma, collectives of rms_norm's forward and backward, shape of a device's shard)
