@@ -13,6 +13,7 @@ inline ffi::Error DecodeForward(const ffi::AnyBuffer& x, const OptionalArg& gamm
   const int64_t rows = shape.groups * shape.rows;
   JAX_RMSNORM_RETURN_IF_ERROR(ToDType("x", x, &args->x_dtype));
   JAX_RMSNORM_RETURN_IF_ERROR(ToDType("y", *y, &args->y_dtype));
+  if (AreTwoHalves(args->x_dtype, args->y_dtype)) return Invalid("y must have x's dtype, or one be float32");
   JAX_RMSNORM_RETURN_IF_ERROR(CheckCount("y", *y, rows * shape.hidden));
   args->arithmetic = arithmetic;
   args->x = x.untyped_data();
@@ -76,6 +77,7 @@ inline ffi::Error DecodeGradient(const ffi::AnyBuffer& dy, int32_t gradients, Ba
   JAX_RMSNORM_RETURN_IF_ERROR(
       CheckCount("dy", dy, args->shape.groups * args->shape.rows * args->shape.hidden));
   if (gradients > 1 && dtype != args->dy_dtype) return Invalid("all dy must be of one dtype");
+  if (AreTwoHalves(args->x_dtype, dtype)) return Invalid("dy must have x's dtype, or one be float32");
   args->dy_dtype = dtype;
   args->dy[gradients - 1] = dy.untyped_data();
   args->gradients = gradients;

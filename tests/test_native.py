@@ -9,7 +9,7 @@ import pytest
 
 from jax_rmsnorm import _ffi
 
-F32, BF16, F64 = jnp.float32, jnp.bfloat16, jnp.float64
+F32, BF16, F16, F64 = jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64
 ARITHMETIC = {
     "zero_centered_gamma": np.bool_(False),
     "round_before_gamma": np.bool_(False),
@@ -60,6 +60,7 @@ def rope_backward(operands, results, *, heads=3, interleaved=False):
 
 
 X, GAMMA, ROWS, PARTIALS = (F32, 2, 3, 8), (F32, 8), (F32, 2, 3), (F32, 4, 8)
+HALF = (F16, 2, 3, 8)
 TABLE = (F32, 2, 3)  # of cos and sin: two positions, six of eight elements rotated
 
 
@@ -159,6 +160,7 @@ FORWARD_ERRORS = [
     ([(jnp.int32, 2, 8)], [(F32, 2, 8)], "x must be float32, bfloat16 or float16"),
     ([X, (jnp.int32, 8)], [X], "gamma must be float32, bfloat16 or float16"),
     ([X], [(jnp.int8, 2, 3, 8)], "y must be float32, bfloat16 or float16"),
+    ([HALF], [(BF16, 2, 3, 8)], "y must have x's dtype, or one be float32"),
     ([X], [(F32, 2, 3, 7)], "y has 42 elements, expected 48"),
     ([X], [(F32, 2, 3, 9)], "y has 54 elements, expected 48"),
     ([X], [X, (BF16, 2, 3)], "rrms must be float32"),
@@ -169,6 +171,7 @@ BACKWARD_ERRORS = [
     ([X, (F32, 5), X], [X], "rrms has 5 elements, expected 6"),
     ([X, (BF16, 2, 3), X], [X], "rrms must be float32"),
     ([X, ROWS, (jnp.int32, 2, 3, 8)], [X], "dy must be float32, bfloat16 or float16"),
+    ([HALF, ROWS, (BF16, 2, 3, 8)], [HALF], "dy must have x's dtype, or one be float32"),
     ([X, ROWS, X], [(BF16, 2, 3, 8)], "dx must have x's dtype"),
     ([X, ROWS, X], [(F32, 2, 3, 7)], "dx has 42 elements, expected 48"),
     ([X, ROWS, X, (F32, 9)], [X, (F32, 9), PARTIALS], "gamma must begin"),

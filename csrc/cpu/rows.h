@@ -23,10 +23,16 @@ void WithType(DType dtype, F&& f) {
   }
 }
 
-// Calls f(X{}, Y{}) likewise.
+// Calls f(X{}, Y{}) likewise, for two types that are not two halves.
 template <typename F>
 void WithTypes(DType x_dtype, DType y_dtype, F&& f) {
-  WithType(x_dtype, [&](auto x) { WithType(y_dtype, [&](auto y) { f(x, y); }); });
+  WithType(x_dtype, [&](auto x) {
+    WithType(y_dtype, [&](auto y) {
+      using X = decltype(x);
+      using Y = decltype(y);
+      if constexpr (std::is_same_v<X, Y> || std::is_same_v<X, float> || std::is_same_v<Y, float>) f(x, y);
+    });
+  });
 }
 
 // The same, with PureBFloat16 for two of bfloat16.

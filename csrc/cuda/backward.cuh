@@ -30,6 +30,10 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
   constexpr int kPlaces = (kAhead + 2) * kPackets;
   constexpr int kUnit = 16 / (kSize * kNarrowest);  // packets that are copied, and waited for, together
   constexpr bool kAdd = kFusion == Fusion::kAdd;
+  // Of the units ahead, those that may still be in flight when the next is copied: all but the one that is
+  // read, and with three packets all but two, which leaves 32 KiB an SM in flight instead of 48.
+  constexpr int kInFlight =
+      kAhead * kPackets / kUnit - (kPackets == 3 && !kAdd && kScope == Scope::kCluster ? 2 : 1);
   extern __shared__ uint4 shared[];
   __shared__ typename SplitRowSum<kScope>::Shared sum_memory;
   const BackwardArgs& args = params.args;
@@ -149,7 +153,7 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
 #pragma unroll
         for (int k = 0; k < kPackets; ++k) {
           if (k % kUnit == 0) {
-            WaitCopies<kAhead * kPackets / kUnit - 1>();
+            WaitCopies<kInFlight>();
             copy(to, k, start + kAhead * row_step, t + kAhead < turns.own);
           }
           if constexpr (!kAligned) __syncwarp();  // for the copies of the next lane

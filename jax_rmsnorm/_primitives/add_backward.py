@@ -26,6 +26,7 @@ from .common import (
     batch_as_groups,
     forward_dims,
     present,
+    read_by_kernel,
     sum_dgamma,
 )
 from .gradients import add_up, add_up_many, gradients_attributes, split_gradients
@@ -44,7 +45,7 @@ def add_backward(
     options: Options,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns dx in h's dtype, and dgamma in gamma's dtype (None without gamma). All dys are of one dtype."""
-    dys = add_up_many(dys)
+    dys = read_by_kernel(h, add_up_many(dys))
     operands = (h, rrms, dh, *dys) if gamma is None else (h, rrms, dh, *dys, gamma)
     return backward_results(add_backward_p.bind(*operands, options=options, gradients=len(dys)))
 

@@ -16,7 +16,14 @@ from .. import _ffi, _reference
 from .._compat import result_type
 from .._options import Options
 from .._partitioning import Axes, Rule
-from .common import batch_gamma, batch_in_front, batch_size, forward_dims, forward_types
+from .common import (
+    batch_gamma,
+    batch_in_front,
+    batch_size,
+    forward_dims,
+    forward_types,
+    written_by_kernel,
+)
 from .forward import forward
 from .lowering import forward_attributes, register, require_whole_rows, rows_are_aligned
 
@@ -29,7 +36,9 @@ def add_forward(
 ) -> list[jax.Array]:
     """Returns [y, h] or [y, h, rrms], and otherwise as `forward` of h."""
     operands = (x, addend) if gamma is None else (x, addend, gamma)
-    return add_forward_p.bind(*operands, options=options, save_rrms=save_rrms)
+    written = written_by_kernel(x, options)
+    y, *others = add_forward_p.bind(*operands, options=written, save_rrms=save_rrms)
+    return [y.astype(options.out_dtype), *others]
 
 
 def _abstract_eval(

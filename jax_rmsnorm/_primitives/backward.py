@@ -22,6 +22,7 @@ from .common import (
     batch_as_groups,
     forward_dims,
     present,
+    read_by_kernel,
     sum_dgamma,
 )
 from .gradients import add_up, add_up_many, gradients_attributes, split_gradients
@@ -39,7 +40,7 @@ def backward(
     options: Options,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns dx in x's dtype, and dgamma in gamma's dtype (None without gamma). All dys are of one dtype."""
-    dys = add_up_many(dys)
+    dys = read_by_kernel(x, add_up_many(dys))
     operands = (x, rrms, *dys) if gamma is None else (x, rrms, *dys, gamma)
     return backward_results(backward_p.bind(*operands, options=options, gradients=len(dys)))
 

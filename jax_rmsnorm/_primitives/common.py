@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +21,25 @@ KERNEL_DTYPES = frozenset(map(np.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)
 _MOST_PARTIAL_ROWS = 2048
 _LEAST_PARTIAL_ROWS = 64
 _PARTIAL_ELEMENTS = 2**22
+
+
+def _are_two_halves(a: np.dtype, b: np.dtype) -> bool:
+    """Whether these are bfloat16 and float16: a pair that kernels do not read and write side by side."""
+    return a != b and a.itemsize == b.itemsize == 2
+
+
+def written_by_kernel(x: jax.Array, options: Options) -> Options:
+    """The options with a dtype of y that a kernel writes beside x's: float32, to be cast, for the other half."""
+    if _are_two_halves(x.dtype, options.out_dtype):
+        return dataclasses.replace(options, out_dtype=jnp.dtype(jnp.float32))
+    return options
+
+
+def read_by_kernel(x: jax.Array, dys: Sequence[jax.Array]) -> Sequence[jax.Array]:
+    """The gradients of y in a dtype that a kernel reads beside x's."""
+    if _are_two_halves(x.dtype, dys[0].dtype):
+        return [dy.astype(jnp.float32) for dy in dys]
+    return dys
 
 
 def forward_types(x: Any, options: Options, *, save_rrms: bool) -> tuple[Any, list[Any]]:

@@ -14,7 +14,14 @@ from jax.extend.core import Primitive
 from .. import _ffi, _reference
 from .._options import Options
 from .._partitioning import Axes, Rule
-from .common import batch_gamma, batch_in_front, batch_size, forward_dims, forward_types
+from .common import (
+    batch_gamma,
+    batch_in_front,
+    batch_size,
+    forward_dims,
+    forward_types,
+    written_by_kernel,
+)
 from .lowering import forward_attributes, register, require_whole_rows
 
 forward_p = Primitive("rms_norm_forward")
@@ -29,7 +36,9 @@ def forward(
     ``save_rrms`` is set where the call is being differentiated, which also decides whose SM margin applies.
     """
     operands = (x,) if gamma is None else (x, gamma)
-    return forward_p.bind(*operands, options=options, save_rrms=save_rrms)
+    written = written_by_kernel(x, options)
+    y, *rrms = forward_p.bind(*operands, options=written, save_rrms=save_rrms)
+    return [y.astype(options.out_dtype), *rrms]
 
 
 def _abstract_eval(x: Any, *gamma: Any, options: Options, save_rrms: bool) -> list[Any]:

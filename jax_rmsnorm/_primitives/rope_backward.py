@@ -24,6 +24,7 @@ from .common import (
     batch_size,
     forward_dims,
     present,
+    read_by_kernel,
     sum_dgamma,
 )
 from .lowering import backward_attributes, register
@@ -43,6 +44,7 @@ def rope_backward(
     options: Options,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns dx in x's dtype, and dgamma in gamma's dtype (None without gamma)."""
+    (dy,) = read_by_kernel(x, [dy])
     operands = (x, rrms, dy, cos, sin) if gamma is None else (x, rrms, dy, cos, sin, gamma)
     return backward_results(rope_backward_p.bind(*operands, options=options))
 

@@ -17,7 +17,14 @@ from jax.extend.core import Primitive
 from .. import _ffi, _reference
 from .._options import Options
 from .._partitioning import HIDDEN, Axes, Rule
-from .common import batch_gamma, batch_in_front, batch_size, forward_dims, forward_types
+from .common import (
+    batch_gamma,
+    batch_in_front,
+    batch_size,
+    forward_dims,
+    forward_types,
+    written_by_kernel,
+)
 from .forward import forward
 from .lowering import forward_attributes, register
 from .rope_common import TABLE, batch_tables, fuses_rope, rope_attributes, table_dims
@@ -37,7 +44,9 @@ def rope_forward(
 ) -> list[jax.Array]:
     """Returns [y] or [y, rrms], as `forward` does."""
     operands = (x, cos, sin) if gamma is None else (x, cos, sin, gamma)
-    return rope_forward_p.bind(*operands, options=options, save_rrms=save_rrms)
+    written = written_by_kernel(x, options)
+    y, *rrms = rope_forward_p.bind(*operands, options=written, save_rrms=save_rrms)
+    return [y.astype(options.out_dtype), *rrms]
 
 
 def _abstract_eval(
