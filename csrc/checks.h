@@ -40,6 +40,13 @@ inline ffi::Error ToDType(const char* name, const ffi::AnyBuffer& buffer, DType*
   }
 }
 
+// The same for what is read or written beside x.
+inline ffi::Error ToDTypeBeside(DType x, const char* name, const ffi::AnyBuffer& buffer, DType* dtype) {
+  JAX_RMSNORM_RETURN_IF_ERROR(ToDType(name, buffer, dtype));
+  if (!AreTwoHalves(x, *dtype)) return ffi::Error::Success();
+  return Invalid(std::string(name) + " must have x's dtype, or one be float32");
+}
+
 inline ffi::Error CheckCount(const char* name, const ffi::AnyBuffer& buffer, int64_t expected) {
   const auto count = static_cast<int64_t>(buffer.element_count());
   if (count == expected) return ffi::Error::Success();

@@ -12,14 +12,13 @@ inline ffi::Error DecodeForward(const ffi::AnyBuffer& x, const OptionalArg& gamm
   const Shape& shape = args->shape;
   const int64_t rows = shape.groups * shape.rows;
   JAX_RMSNORM_RETURN_IF_ERROR(ToDType("x", x, &args->x_dtype));
-  JAX_RMSNORM_RETURN_IF_ERROR(ToDType("y", *y, &args->y_dtype));
-  if (AreTwoHalves(args->x_dtype, args->y_dtype)) return Invalid("y must have x's dtype, or one be float32");
+  JAX_RMSNORM_RETURN_IF_ERROR(ToDTypeBeside(args->x_dtype, "y", *y, &args->y_dtype));
   JAX_RMSNORM_RETURN_IF_ERROR(CheckCount("y", *y, rows * shape.hidden));
   args->arithmetic = arithmetic;
   args->x = x.untyped_data();
   args->y = y->untyped_data();
   if (gamma) {
-    JAX_RMSNORM_RETURN_IF_ERROR(ToDType("gamma", *gamma, &args->gamma_dtype));
+    JAX_RMSNORM_RETURN_IF_ERROR(ToDTypeBeside(args->x_dtype, "gamma", *gamma, &args->gamma_dtype));
     args->gamma = gamma->untyped_data();
   }
   if (rrms) {
@@ -52,7 +51,7 @@ inline ffi::Error DecodeBackward(const ffi::AnyBuffer& x, const ffi::AnyBuffer& 
   if (!gamma) return ffi::Error::Success();
 
   if (!dgamma || !partials) return Invalid("with gamma, backward also returns dgamma and partials");
-  JAX_RMSNORM_RETURN_IF_ERROR(ToDType("gamma", *gamma, &args->gamma_dtype));
+  JAX_RMSNORM_RETURN_IF_ERROR(ToDTypeBeside(args->x_dtype, "gamma", *gamma, &args->gamma_dtype));
   JAX_RMSNORM_RETURN_IF_ERROR(ToDType("dgamma", **dgamma, &dgamma_dtype));
   if (dgamma_dtype != args->gamma_dtype) return Invalid("dgamma must have gamma's dtype");
   JAX_RMSNORM_RETURN_IF_ERROR(CheckCount("dgamma", **dgamma, shape.groups * shape.hidden));
@@ -73,11 +72,10 @@ inline ffi::Error DecodeBackward(const ffi::AnyBuffer& x, const ffi::AnyBuffer& 
 // The gradient of y, the last of `gradients` so far.
 inline ffi::Error DecodeGradient(const ffi::AnyBuffer& dy, int32_t gradients, BackwardArgs* args) {
   DType dtype;
-  JAX_RMSNORM_RETURN_IF_ERROR(ToDType("dy", dy, &dtype));
+  JAX_RMSNORM_RETURN_IF_ERROR(ToDTypeBeside(args->x_dtype, "dy", dy, &dtype));
   JAX_RMSNORM_RETURN_IF_ERROR(
       CheckCount("dy", dy, args->shape.groups * args->shape.rows * args->shape.hidden));
   if (gradients > 1 && dtype != args->dy_dtype) return Invalid("all dy must be of one dtype");
-  if (AreTwoHalves(args->x_dtype, dtype)) return Invalid("dy must have x's dtype, or one be float32");
   args->dy_dtype = dtype;
   args->dy[gradients - 1] = dy.untyped_data();
   args->gradients = gradients;
@@ -118,7 +116,7 @@ inline ffi::Error DecodeAddend(const ffi::AnyBuffer& addend, ffi::Result<ffi::An
                                ForwardArgs* args) {
   const int64_t elements = args->shape.groups * args->shape.rows * args->shape.hidden;
   DType h_dtype;
-  JAX_RMSNORM_RETURN_IF_ERROR(ToDType("addend", addend, &args->addend_dtype));
+  JAX_RMSNORM_RETURN_IF_ERROR(ToDTypeBeside(args->x_dtype, "addend", addend, &args->addend_dtype));
   JAX_RMSNORM_RETURN_IF_ERROR(ToDType("h", *h, &h_dtype));
   if (h_dtype != args->x_dtype) return Invalid("h must have x's dtype");
   JAX_RMSNORM_RETURN_IF_ERROR(CheckCount("addend", addend, elements));

@@ -9,7 +9,8 @@ enum class DType : int32_t { kF32, kBF16, kF16 };
 
 constexpr int64_t SizeOf(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
 
-// Whether these are bfloat16 and float16: y, and its gradient, are of x's dtype or of float32, or x is.
+// Whether these are bfloat16 and float16, which no kernel reads or writes side by side: gamma, an addend, y
+// and its gradients are of x's dtype or of float32, or x is of float32.
 constexpr bool AreTwoHalves(DType a, DType b) { return a != b && SizeOf(a) == 2 && SizeOf(b) == 2; }
 
 // x is [groups, rows, hidden], row-major; gamma is [groups, hidden]. One group unless gamma was batched by

@@ -6,7 +6,5 @@ template cudaError_t LaunchBackwardAs<__nv_bfloat16, float>(const BackwardArgs&,
                                                             cudaStream_t);
 template cudaError_t LaunchBackwardAs<__nv_bfloat16, __nv_bfloat16>(const BackwardArgs&, const LaunchConfig&,
                                                                     cudaStream_t);
-template cudaError_t LaunchBackwardAs<__nv_bfloat16, __half>(const BackwardArgs&, const LaunchConfig&,
-                                                             cudaStream_t);
 
 }  // namespace jax_rmsnorm

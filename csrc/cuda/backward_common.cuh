@@ -88,7 +88,7 @@ __device__ __forceinline__ void StoreDgamma(const BackwardParams& params, int64_
   void* to = whole ? args.dgamma : args.partials;
   const int64_t row = whole ? group : group * args.partial_rows + block;
   if constexpr (kAligned) {
-    StoreAs(dtype, to, row * hidden + column, values);
+    StoreAs<float>(dtype, to, row * hidden + column, values);
   } else {
     WithType(dtype, [&](auto tag) {
       using To = decltype(tag);

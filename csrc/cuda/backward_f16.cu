@@ -3,8 +3,6 @@
 namespace jax_rmsnorm {
 
 template cudaError_t LaunchBackwardAs<__half, float>(const BackwardArgs&, const LaunchConfig&, cudaStream_t);
-template cudaError_t LaunchBackwardAs<__half, __nv_bfloat16>(const BackwardArgs&, const LaunchConfig&,
-                                                             cudaStream_t);
 template cudaError_t LaunchBackwardAs<__half, __half>(const BackwardArgs&, const LaunchConfig&, cudaStream_t);
 
 }  // namespace jax_rmsnorm

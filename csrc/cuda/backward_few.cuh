@@ -112,7 +112,7 @@ __device__ __forceinline__ void SumTile(const BackwardParams& params, int64_t gr
   if (threadIdx.x >= kTilePackets * kSize || at >= hidden) return;
   float total[1] = {0.0f};
   for (int warp = 0; warp < warps; ++warp) total[0] += sums[warp][threadIdx.x];
-  StoreAs(args.gamma_dtype, args.dgamma, group * hidden + at, total);
+  StoreAs<float>(args.gamma_dtype, args.dgamma, group * hidden + at, total);
 }
 
 // Grid: the tiles of dgamma, group by group, then blocks of rows for dx. Preconditions: all rows are aligned

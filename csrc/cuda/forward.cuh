@@ -91,7 +91,7 @@ __global__ __launch_bounds__(std::is_void_v<A> ? kMaxThreads : kFusedThreads,
         packets[k].Set(values);
       }
     }
-    WithType(args.y_dtype, [&](auto tag) {
+    WithTypeBeside<T>(args.y_dtype, [&](auto tag) {
       using Y = decltype(tag);
 #pragma unroll
       for (int k = 0; k < kPackets; ++k) {
@@ -152,7 +152,7 @@ __global__ __launch_bounds__(kMaxThreads) void ForwardLoopKernel(
       GetGamma(gamma, gamma_row != nullptr, args.arithmetic.zero_centered_gamma, scale);
       packet.Get(values);
       Normalize<T>(values, rrms, scale, args.arithmetic.round_before_gamma, y);
-      StoreAs(args.y_dtype, args.y, row * hidden + column, y);
+      StoreAs<T>(args.y_dtype, args.y, row * hidden + column, y);
     }
   }
 }
@@ -174,9 +174,13 @@ auto FindForwardPlain(const LaunchConfig& config) -> void (*)(ForwardParams) {
 template <typename T, typename G>
 auto FindForwardAdd(const LaunchConfig& config, DType addend) -> void (*)(ForwardParams) {
   constexpr int kSize = 16 / sizeof(T);
-  if (addend == DType::kBF16) return FindForwardPlain<T, G, __nv_bfloat16, kSize>(config);
-  if (addend == DType::kF16) return FindForwardPlain<T, G, __half, kSize>(config);
-  return FindForwardPlain<T, G, float, kSize>(config);
+  if (addend == DType::kF32) return FindForwardPlain<T, G, float, kSize>(config);
+  if constexpr (sizeof(T) == 2) {
+    return FindForwardPlain<T, G, T, kSize>(config);
+  } else {
+    return addend == DType::kF16 ? FindForwardPlain<T, G, __half, kSize>(config)
+                                 : FindForwardPlain<T, G, __nv_bfloat16, kSize>(config);
+  }
 }
 
 template <typename T, typename G>
@@ -221,7 +225,8 @@ cudaError_t LaunchForwardAs(const ForwardArgs& args, const LaunchConfig& config,
                              (rows + slots - 1) / slots,
                              config.blocks_per_group,
                              RotaryPlaces(args.rotary)};
-  return DispatchType(args.gamma == nullptr ? args.x_dtype : args.gamma_dtype, [&](auto gamma) {
+  const DType gamma_dtype = args.gamma == nullptr ? args.x_dtype : args.gamma_dtype;
+  return DispatchTypeBeside<T>(gamma_dtype, [&](auto gamma) {
     return LaunchKernel(FindForward<T, decltype(gamma)>(config, args), params, config, stream);
   });
 }

@@ -67,7 +67,7 @@ __device__ __forceinline__ void AddAddends(const ForwardArgs& args, int64_t star
 // The same for one packet, at element `at`, and any type of addend.
 template <typename T, int kSize>
 __device__ __forceinline__ void AddAddend(const ForwardArgs& args, int64_t at, Packet<T, kSize>* packet) {
-  WithType(args.addend_dtype, [&](auto tag) {
+  WithTypeBeside<T>(args.addend_dtype, [&](auto tag) {
     Packet<T, kSize> packets[1] = {*packet};
     AddAddends<decltype(tag)>(args, at, 1, [](int) { return 0; }, packets);
     *packet = packets[0];

@@ -92,7 +92,7 @@ __global__ __launch_bounds__(kMaxThreads,
             float x[kSize], y[kSize];
             ring.Read(last_from + k).Get(x);
             Normalize<T>(x, rrms, gamma[k], arithmetic.round_before_gamma, y);
-            StoreAs(args.y_dtype, args.y, last_start + column[k], y);
+            StoreAs<T>(args.y_dtype, args.y, last_start + column[k], y);
           }
         }
       }

@@ -97,8 +97,8 @@ __global__ __launch_bounds__(kFusedThreads, kPackets == 2 ? 3 : 2) void ForwardR
         normalize(0, a);
         normalize(1, b);
         RotateHalves(cos[0], sin[0], a, b);
-        StoreAs(args.y_dtype, args.y, to + column(0), a);
-        StoreAs(args.y_dtype, args.y, to + column(1), b);
+        StoreAs<T>(args.y_dtype, args.y, to + column(0), a);
+        StoreAs<T>(args.y_dtype, args.y, to + column(1), b);
       }
 #pragma unroll
       for (int k = kInterleaved ? 0 : 2; k < kPackets; ++k) {
@@ -108,7 +108,7 @@ __global__ __launch_bounds__(kFusedThreads, kPackets == 2 ? 3 : 2) void ForwardR
         if constexpr (kInterleaved) {
           if (column(k) < width) RotateNeighbours<false>(cos[k], sin[k], y);
         }
-        StoreAs(args.y_dtype, args.y, to + column(k), y);
+        StoreAs<T>(args.y_dtype, args.y, to + column(k), y);
       }
     }
   }

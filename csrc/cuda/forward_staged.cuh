@@ -87,9 +87,9 @@ __global__ __launch_bounds__(kMaxThreads, kAligned || sizeof(G) < 4 ? 3 : 2) voi
       read(at).Get(values);
       Normalize<T>(values, rrms, gamma, arithmetic.round_before_gamma, y);
       if constexpr (kAligned) {
-        StoreAs(args.y_dtype, args.y, start + column, y);
+        StoreAs<T>(args.y_dtype, args.y, start + column, y);
       } else {
-        WithType(args.y_dtype, [&](auto tag) {
+        WithTypeBeside<T>(args.y_dtype, [&](auto tag) {
           StoreWithinRow(static_cast<decltype(tag)*>(args.y) + start + column, hidden, column, y);
         });
       }

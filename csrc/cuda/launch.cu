@@ -14,16 +14,15 @@ extern template cudaError_t LaunchForwardAs<float>(const ForwardArgs&, const Lau
 extern template cudaError_t LaunchForwardAs<__nv_bfloat16>(const ForwardArgs&, const LaunchConfig&,
                                                            cudaStream_t);
 extern template cudaError_t LaunchForwardAs<__half>(const ForwardArgs&, const LaunchConfig&, cudaStream_t);
-#define JAX_RMSNORM_EXTERN_BACKWARD(T)                                                                     \
-  extern template cudaError_t LaunchBackwardAs<T, float>(const BackwardArgs&, const LaunchConfig&,         \
-                                                         cudaStream_t);                                    \
-  extern template cudaError_t LaunchBackwardAs<T, __nv_bfloat16>(const BackwardArgs&, const LaunchConfig&, \
-                                                                 cudaStream_t);                            \
-  extern template cudaError_t LaunchBackwardAs<T, __half>(const BackwardArgs&, const LaunchConfig&,        \
-                                                          cudaStream_t)
-JAX_RMSNORM_EXTERN_BACKWARD(float);
-JAX_RMSNORM_EXTERN_BACKWARD(__nv_bfloat16);
-JAX_RMSNORM_EXTERN_BACKWARD(__half);
+#define JAX_RMSNORM_EXTERN_BACKWARD(T, D) \
+  extern template cudaError_t LaunchBackwardAs<T, D>(const BackwardArgs&, const LaunchConfig&, cudaStream_t)
+JAX_RMSNORM_EXTERN_BACKWARD(float, float);
+JAX_RMSNORM_EXTERN_BACKWARD(float, __nv_bfloat16);
+JAX_RMSNORM_EXTERN_BACKWARD(float, __half);
+JAX_RMSNORM_EXTERN_BACKWARD(__nv_bfloat16, float);
+JAX_RMSNORM_EXTERN_BACKWARD(__nv_bfloat16, __nv_bfloat16);
+JAX_RMSNORM_EXTERN_BACKWARD(__half, float);
+JAX_RMSNORM_EXTERN_BACKWARD(__half, __half);
 #undef JAX_RMSNORM_EXTERN_BACKWARD
 
 namespace {
@@ -78,7 +77,7 @@ __global__ __launch_bounds__(kFinishColumns* kFinishRows) void FinishKernel(
     if (threadIdx.y == 0 && column < hidden) {
       float total[1] = {0.0f};
       for (int row = 0; row < static_cast<int>(blockDim.y); ++row) total[0] += sums[row][threadIdx.x];
-      StoreAs(dtype, dgamma, group * hidden + column, total);
+      StoreAs<float>(dtype, dgamma, group * hidden + column, total);
     }
     __syncthreads();
   }
@@ -212,7 +211,7 @@ cudaError_t LaunchBackward(const BackwardArgs& args, int margin, cudaStream_t st
   const LaunchConfig config =
       ConfigureBackward(device, shape, args.x_dtype, args.dy_dtype, alignment, partial_rows, margin, fused);
   error = DispatchType(args.x_dtype, [&](auto x) {
-    return DispatchType(args.dy_dtype, [&](auto dy) {
+    return DispatchTypeBeside<decltype(x)>(args.dy_dtype, [&](auto dy) {
       return LaunchBackwardAs<decltype(x), decltype(dy)>(args, config, stream);
     });
   });

@@ -31,6 +31,16 @@ cudaError_t DispatchType(DType dtype, F&& f) {
   return cudaErrorInvalidValue;
 }
 
+// The same for the type of something beside a T: never the other half.
+template <typename T, typename F>
+cudaError_t DispatchTypeBeside(DType dtype, F&& f) {
+  if constexpr (sizeof(T) == 4) {
+    return DispatchType(dtype, f);
+  } else {
+    return dtype == DType::kF32 ? f(float{}) : f(T{});
+  }
+}
+
 // Launches `kernel(params)` in the grid, block, cluster and shared memory of `config`.
 template <typename Params>
 cudaError_t LaunchKernel(void (*kernel)(Params), const Params& params, const LaunchConfig& config,

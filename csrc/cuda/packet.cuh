@@ -167,6 +167,18 @@ __device__ __forceinline__ void WithType(DType dtype, F&& f) {
   }
 }
 
+// The same for the type of something beside a T: never the other half.
+template <typename T, typename F>
+__device__ __forceinline__ void WithTypeBeside(DType dtype, F&& f) {
+  if constexpr (sizeof(T) == 4) {
+    WithType(dtype, f);
+  } else if (dtype == DType::kF32) {
+    f(float{});
+  } else {
+    f(T{});
+  }
+}
+
 // The values of a packet of gamma; one where there is no gamma.
 template <typename G, int kSize>
 __device__ __forceinline__ void GetGamma(const Packet<G, kSize>& packet, bool present, bool zero_centered,
@@ -183,9 +195,10 @@ __device__ __forceinline__ void GetGamma(const Packet<G, kSize>& packet, bool pr
   }
 }
 
-template <int kSize>
+// Stores a packet of something beside a T.
+template <typename T, int kSize>
 __device__ __forceinline__ void StoreAs(DType dtype, void* to, int64_t offset, const float (&values)[kSize]) {
-  WithType(dtype, [&](auto tag) {
+  WithTypeBeside<T>(dtype, [&](auto tag) {
     using Y = decltype(tag);
     Packet<Y, kSize> packet;
     packet.Set(values);

@@ -45,9 +45,10 @@ def add_backward(
     options: Options,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns dx in h's dtype, and dgamma in gamma's dtype (None without gamma). All dys are of one dtype."""
-    dys = read_by_kernel(h, add_up_many(dys))
-    operands = (h, rrms, dh, *dys) if gamma is None else (h, rrms, dh, *dys, gamma)
-    return backward_results(add_backward_p.bind(*operands, options=options, gradients=len(dys)))
+    dys = add_up_many(dys)
+    operands = h, rrms, dh, *read_by_kernel(h, *dys, gamma)
+    results = add_backward_p.bind(*operands, options=options, gradients=len(dys))
+    return backward_results(results, gamma)
 
 
 def _abstract_eval(

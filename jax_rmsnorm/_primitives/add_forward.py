@@ -22,6 +22,7 @@ from .common import (
     batch_size,
     forward_dims,
     forward_types,
+    read_by_kernel,
     written_by_kernel,
 )
 from .forward import forward
@@ -35,7 +36,7 @@ def add_forward(
     x: jax.Array, addend: jax.Array, gamma: jax.Array | None, options: Options, *, save_rrms: bool
 ) -> list[jax.Array]:
     """Returns [y, h] or [y, h, rrms], and otherwise as `forward` of h."""
-    operands = (x, addend) if gamma is None else (x, addend, gamma)
+    operands = x, *read_by_kernel(x, addend, gamma)
     written = written_by_kernel(x, options)
     y, *others = add_forward_p.bind(*operands, options=written, save_rrms=save_rrms)
     return [y.astype(options.out_dtype), *others]

@@ -40,9 +40,10 @@ def backward(
     options: Options,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns dx in x's dtype, and dgamma in gamma's dtype (None without gamma). All dys are of one dtype."""
-    dys = read_by_kernel(x, add_up_many(dys))
-    operands = (x, rrms, *dys) if gamma is None else (x, rrms, *dys, gamma)
-    return backward_results(backward_p.bind(*operands, options=options, gradients=len(dys)))
+    dys = add_up_many(dys)
+    operands = x, rrms, *read_by_kernel(x, *dys, gamma)
+    results = backward_p.bind(*operands, options=options, gradients=len(dys))
+    return backward_results(results, gamma)
 
 
 def _abstract_eval(x: Any, rrms: Any, *rest: Any, options: Options, gradients: int) -> list[Any]:

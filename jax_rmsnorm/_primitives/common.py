@@ -24,22 +24,26 @@ _PARTIAL_ELEMENTS = 2**22
 
 
 def _are_two_halves(a: np.dtype, b: np.dtype) -> bool:
-    """Whether these are bfloat16 and float16: a pair that kernels do not read and write side by side."""
     return a != b and a.itemsize == b.itemsize == 2
 
 
 def written_by_kernel(x: jax.Array, options: Options) -> Options:
-    """The options with a dtype of y that a kernel writes beside x's: float32, to be cast, for the other half."""
+    """The options with a dtype of y that a kernel writes beside x's: bfloat16 and float16 do not meet in one.
+
+    A y in x's other half is float32 first, and cast.
+    """
     if _are_two_halves(x.dtype, options.out_dtype):
         return dataclasses.replace(options, out_dtype=jnp.dtype(jnp.float32))
     return options
 
 
-def read_by_kernel(x: jax.Array, dys: Sequence[jax.Array]) -> Sequence[jax.Array]:
-    """The gradients of y in a dtype that a kernel reads beside x's."""
-    if _are_two_halves(x.dtype, dys[0].dtype):
-        return [dy.astype(jnp.float32) for dy in dys]
-    return dys
+def read_by_kernel(x: jax.Array, *operands: jax.Array | None) -> list[jax.Array]:
+    """The operands that there are, in dtypes that a kernel reads beside x's: float32 in place of the other half."""
+    return [
+        operand.astype(jnp.float32) if _are_two_halves(x.dtype, operand.dtype) else operand
+        for operand in operands
+        if operand is not None
+    ]
 
 
 def forward_types(x: Any, options: Options, *, save_rrms: bool) -> tuple[Any, list[Any]]:
@@ -74,9 +78,11 @@ def _dgamma_spec(x: Any, gamma: Any) -> tuple[Any, ...]:
     return (*x.sharding.spec[: gamma.ndim - 1], gamma.sharding.spec[-1])
 
 
-def backward_results(results: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array | None]:
-    """dx, and dgamma or None, from the results of a primitive."""
-    return results[0], results[1] if len(results) > 1 else None
+def backward_results(
+    results: Sequence[jax.Array], gamma: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """dx, and dgamma in gamma's dtype or None, from the results of a primitive."""
+    return results[0], None if gamma is None else results[1].astype(gamma.dtype)
 
 
 def present(*arrays: jax.Array | None) -> list[jax.Array]:

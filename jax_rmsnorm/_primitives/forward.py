@@ -20,6 +20,7 @@ from .common import (
     batch_size,
     forward_dims,
     forward_types,
+    read_by_kernel,
     written_by_kernel,
 )
 from .lowering import forward_attributes, register, require_whole_rows
@@ -35,7 +36,7 @@ def forward(
 
     ``save_rrms`` is set where the call is being differentiated, which also decides whose SM margin applies.
     """
-    operands = (x,) if gamma is None else (x, gamma)
+    operands = x, *read_by_kernel(x, gamma)
     written = written_by_kernel(x, options)
     y, *rrms = forward_p.bind(*operands, options=written, save_rrms=save_rrms)
     return [y.astype(options.out_dtype), *rrms]

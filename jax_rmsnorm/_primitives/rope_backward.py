@@ -44,9 +44,9 @@ def rope_backward(
     options: Options,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns dx in x's dtype, and dgamma in gamma's dtype (None without gamma)."""
-    (dy,) = read_by_kernel(x, [dy])
-    operands = (x, rrms, dy, cos, sin) if gamma is None else (x, rrms, dy, cos, sin, gamma)
-    return backward_results(rope_backward_p.bind(*operands, options=options))
+    (dy,) = read_by_kernel(x, dy)
+    operands = x, rrms, dy, cos, sin, *read_by_kernel(x, gamma)
+    return backward_results(rope_backward_p.bind(*operands, options=options), gamma)
 
 
 def _abstract_eval(

@@ -23,6 +23,7 @@ from .common import (
     batch_size,
     forward_dims,
     forward_types,
+    read_by_kernel,
     written_by_kernel,
 )
 from .forward import forward
@@ -43,7 +44,7 @@ def rope_forward(
     save_rrms: bool,
 ) -> list[jax.Array]:
     """Returns [y] or [y, rrms], as `forward` does."""
-    operands = (x, cos, sin) if gamma is None else (x, cos, sin, gamma)
+    operands = x, cos, sin, *read_by_kernel(x, gamma)
     written = written_by_kernel(x, options)
     y, *rrms = rope_forward_p.bind(*operands, options=written, save_rrms=save_rrms)
     return [y.astype(options.out_dtype), *rrms]
