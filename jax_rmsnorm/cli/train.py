@@ -74,6 +74,13 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="STEP",
         help="end after this step, as Ctrl-C would; --resume continues the schedule",
     )
+    parser.add_argument(
+        "--mesh",
+        metavar="AXIS=N,...",
+        help="shard over several devices: data (batches), fsdp (batches, and parameters in parts) "
+        "and tensor (heads, hidden sizes and positions), as in data=2,tensor=2; a run may be "
+        "resumed on another mesh",
+    )
     settings = parser.add_argument_group("settings, in place of the preset's")
     for name, keywords in _OPTIONS:
         settings.add_argument(option(name), dest=name, default=argparse.SUPPRESS, **keywords)
@@ -92,5 +99,12 @@ def _run(args: argparse.Namespace) -> None:
             f'the package {package} is missing; run: pip install "jax-rmsnorm[train]"'
         ) from None
     session.run(
-        plan.make(given, preset=args.preset, resume=args.resume, out=args.out, stop_at=args.stop_at)
+        plan.make(
+            given,
+            preset=args.preset,
+            resume=args.resume,
+            out=args.out,
+            stop_at=args.stop_at,
+            mesh=args.mesh,
+        )
     )

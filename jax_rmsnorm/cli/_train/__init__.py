@@ -4,6 +4,7 @@ Each line depends on those above it:
 
     config     history    interrupt
     corpus     model      results     progress
+    layout
     step       backend
     checkpoint generate   loop
     plan

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from jax_rmsnorm import rms_norm_rope
 from jax_rmsnorm.nnx import RMSNorm
@@ -16,6 +17,30 @@ from .config import VOCABULARY, Config
 AttentionImplementation = Literal["cudnn", "xla"]
 _ROTARY_BASE = 10_000.0
 _EPSILON = 1e-6
+
+
+class Shardings(NamedTuple):
+    """Of a model on a mesh: where XLA is told, and does not find out by itself, how activations are split.
+
+    Attributes:
+        stream: of the residual stream [batch, length, d_model] and what is added to it, between the blocks.
+        heads: of queries [batch, length, heads, head_dim].
+        kv_heads: of keys and values likewise.
+        hidden: within the SwiGLU, [batch, length, mlp_dim].
+    """
+
+    stream: NamedSharding
+    heads: NamedSharding
+    kv_heads: NamedSharding
+    hidden: NamedSharding
+
+
+def _constrain(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+
+
+def _split(stream: jax.Array, shardings: Shardings | None) -> jax.Array:
+    return _constrain(stream, shardings and shardings.stream)
 
 
 def rotary_angles(length: int, head_dim: int) -> tuple[jax.Array, jax.Array]:
@@ -50,7 +75,13 @@ class Attention(nnx.Module):
         self.key_norm = _norm(config, config.head_dim, rngs=rngs)
         self.out = _residual_linear(config, config.d_model, rngs=rngs)
 
-    def __call__(self, copies: tuple[jax.Array, ...], cos: jax.Array, sin: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        copies: tuple[jax.Array, ...],
+        cos: jax.Array,
+        sin: jax.Array,
+        shardings: Shardings | None,
+    ) -> jax.Array:
         """``copies`` are three of one input, so that the norm behind them gets three gradients: see `rms_norm`."""
         batch, length, d_model = copies[0].shape
         products = (self.query, self.key, self.value)
@@ -58,6 +89,9 @@ class Attention(nnx.Module):
             product(x).reshape(batch, length, -1, self.head_dim)
             for product, x in zip(products, copies, strict=True)
         )
+        if shardings is not None:
+            query = _constrain(query, shardings.heads)
+            key, value = (_constrain(x, shardings.kv_heads) for x in (key, value))
         query = normalize_and_rotate(self.query_norm, query, cos, sin)
         key = normalize_and_rotate(self.key_norm, key, cos, sin)
         mixed = jax.nn.dot_product_attention(
@@ -74,9 +108,10 @@ class SwiGLU(nnx.Module):
         self.up = _linear(config, config.d_model, config.mlp_dim, rngs=rngs)
         self.down = _residual_linear(config, config.mlp_dim, rngs=rngs)
 
-    def __call__(self, copies: tuple[jax.Array, ...]) -> jax.Array:
+    def __call__(self, copies: tuple[jax.Array, ...], shardings: Shardings | None) -> jax.Array:
         for_gate, for_up = copies
-        return self.down(nnx.silu(self.gate(for_gate)) * self.up(for_up))
+        hidden = nnx.silu(self.gate(for_gate)) * self.up(for_up)
+        return self.down(_constrain(hidden, shardings and shardings.hidden))
 
 
 class Block(nnx.Module):
@@ -95,15 +130,20 @@ class Block(nnx.Module):
         self.mlp = SwiGLU(config, rngs=rngs)
 
     def __call__(
-        self, stream: jax.Array | None, addend: jax.Array, cos: jax.Array, sin: jax.Array
+        self,
+        stream: jax.Array | None,
+        addend: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        shardings: Shardings | None,
     ) -> tuple[jax.Array, jax.Array]:
         if stream is None:
             copies, stream = self.attention_norm(addend, copies=3), addend
         else:
             copies, stream = self.attention_norm(addend, residual=stream, copies=3)
-        addend = self.attention(copies, cos, sin)
+        addend = _split(self.attention(copies, cos, sin, shardings), shardings)
         copies, stream = self.mlp_norm(addend, residual=stream, copies=2)
-        return stream, self.mlp(copies)
+        return _split(stream, shardings), _split(self.mlp(copies, shardings), shardings)
 
 
 class Decoder(nnx.Module):
@@ -121,14 +161,14 @@ class Decoder(nnx.Module):
         self.norm = _norm(config, config.d_model, rngs=rngs)
         self.head = _linear(config, config.d_model, VOCABULARY, std=0.02, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: jax.Array, shardings: Shardings | None = None) -> jax.Array:
         # A product with one-hot rows: its gradient is a product too, where a lookup's is a scatter
         # with many duplicates, slow and on a GPU without a fixed order.
         addend = self.embedding(jax.nn.one_hot(tokens, VOCABULARY, dtype=self.dtype))
-        stream = None
+        addend, stream = _split(addend, shardings), None
         cos, sin = rotary_angles(tokens.shape[1], self.head_dim)
         for block in self.blocks:
-            stream, addend = block(stream, addend, cos, sin)
+            stream, addend = block(stream, addend, cos, sin, shardings)
         assert stream is not None, "a decoder has one block or more"
         x, _ = self.norm(addend, residual=stream)
         return self.head(x).astype(jnp.float32)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from .._errors import OptionError
-from . import backend, checkpoint, config
+from . import backend, checkpoint, config, layout
 from .config import Config
+from .layout import Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +23,14 @@ class Plan:
         last: number of steps after which to stop, from the beginning of the first run.
         folder: where to write.
         resumed: the checkpoint to go on from, if any.
+        layout: of the arrays on a mesh of devices; None for one device.
     """
 
     config: Config
     last: int
     folder: Path
     resumed: checkpoint.Saved | None
+    layout: Layout | None
 
 
 def make(
@@ -37,6 +40,7 @@ def make(
     resume: str | None,
     out: str | None,
     stop_at: int | None,
+    mesh: str | None = None,
 ) -> Plan:
     """Checks the options against each other and against what ``resume`` and ``out`` hold.
 
@@ -46,10 +50,14 @@ def make(
         resume: a folder that a former run wrote.
         out: the folder to write; by default that of ``resume`` or a new one.
         stop_at: number of steps after which to stop; by default those of the settings.
+        mesh: as `layout.parse` takes it; by default one device.
 
     Raises:
         OptionError: an option is wrong.
     """
+    sizes = None if mesh is None else layout.parse(mesh)
+    if sizes is not None:
+        layout.request_cpu_devices(sizes)
     if resume is None:
         resumed = None
         settings = config.from_preset(preset or backend.default_preset(), given)
@@ -57,7 +65,8 @@ def make(
         resumed = checkpoint.read(Path(resume))
         settings = config.from_checkpoint(resumed.config, given)
     last = _last_step(0 if resumed is None else resumed.step, settings.steps, stop_at)
-    return Plan(settings, last, _folder(out, resume), resumed)
+    placed = None if sizes is None else layout.make(sizes, settings)
+    return Plan(settings, last, _folder(out, resume), resumed, placed)
 
 
 def _last_step(done: int, steps: int, stop_at: int | None) -> int:

@@ -45,10 +45,14 @@ class _Session:
         self._corpus = Corpus.read(self._config)
         self._metrics: dict[str, Any] = {**backend.environment(self._config)}
         self._console.print("norms: {norms} on {device}".format_map(self._metrics))
+        if plan.layout is not None:
+            self._metrics["mesh"] = plan.layout.describe()
+            self._console.print("mesh: {mesh}".format_map(self._metrics))
 
     def start(self) -> tuple[State, History]:
         """Initialises the model, or restores it with its history."""
-        self._trainer, state = build(self._config, backend.choose_attention(self._config))
+        attention = backend.choose_attention(self._config)
+        self._trainer, state = build(self._config, attention, self._plan.layout)
         self._held_out = held_out_loss(self._trainer, self._corpus.held_out_batches(self._config))
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         self._metrics["parameters"] = parameters

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.typing import ArrayLike
 
 from .config import Config
-from .model import AttentionImplementation, Decoder
+from .layout import Layout
+from .model import AttentionImplementation, Decoder, Shardings
 
 Params = Any
 _CLIP_NORM = 1.0
@@ -29,18 +31,22 @@ class State(NamedTuple):
 
 
 class Trainer(NamedTuple):
-    """The model's definition and its optimiser: what does not change from step to step."""
+    """The model's definition, its optimiser and its place on a mesh, if any: what does not change from step to step."""
 
     graph: nnx.GraphDef[Decoder]
     optimizer: optax.GradientTransformation
+    layout: Layout | None
 
-    def logits(self, params: Params, tokens: jax.Array) -> jax.Array:
-        return nnx.merge(self.graph, params)(tokens)
+    def logits(
+        self, params: Params, tokens: jax.Array, shardings: Shardings | None = None
+    ) -> jax.Array:
+        return nnx.merge(self.graph, params)(tokens, shardings)
 
     def loss(self, params: Params, windows: jax.Array) -> jax.Array:
         """Mean cross-entropy in nats of every byte of windows [batch, seq + 1] but the first."""
         tokens = windows.astype(jnp.int32)
-        logits = self.logits(params, tokens[:, :-1])
+        shardings = None if self.layout is None else self.layout.activations
+        logits = self.logits(params, tokens[:, :-1], shardings)
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
     def step(self, state: State, windows: jax.Array) -> tuple[State, jax.Array]:
@@ -54,16 +60,23 @@ class Trainer(NamedTuple):
         self, state: State, config: Config
     ) -> Callable[[State, np.ndarray], tuple[State, jax.Array]]:
         """Compiles `step` ahead of its first call. The state that it is called with is donated."""
-        windows = jax.ShapeDtypeStruct((config.batch, config.seq + 1), jnp.uint8)
+        shape = config.batch, config.seq + 1
+        windows, shardings = jax.ShapeDtypeStruct(shape, jnp.uint8), None
+        if self.layout is not None:
+            windows = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=self.layout.windows)
+            shardings = self.layout.of(state), None
         options: dict[str, str | bool] | None = (
             {"xla_gpu_deterministic_ops": True} if config.deterministic else None
         )
-        return jax.jit(self.step, donate_argnums=0).lower(state, windows).compile(options)
+        step = jax.jit(self.step, donate_argnums=0, out_shardings=shardings)
+        return step.lower(state, windows).compile(options)
 
 
-def held_out_loss(trainer: Trainer, batches: Sequence[np.ndarray]) -> Callable[[Params], float]:
+def held_out_loss(trainer: Trainer, batches: Sequence[ArrayLike]) -> Callable[[Params], float]:
     """A function of the parameters: their loss on batches of windows, in bits per byte."""
     loss = jax.jit(trainer.loss)
+    if trainer.layout is not None:
+        batches = [jax.device_put(windows, trainer.layout.windows) for windows in batches]
 
     def bits(params: Params) -> float:
         losses = jax.device_get([loss(params, windows) for windows in batches])
@@ -72,12 +85,17 @@ def held_out_loss(trainer: Trainer, batches: Sequence[np.ndarray]) -> Callable[[
     return bits
 
 
-def build(config: Config, attention: AttentionImplementation) -> tuple[Trainer, State]:
-    """Initialises model and optimiser from ``config.seed``."""
+def build(
+    config: Config, attention: AttentionImplementation, layout: Layout | None = None
+) -> tuple[Trainer, State]:
+    """Initialises model and optimiser from ``config.seed``, the same on any mesh."""
     graph, params = nnx.split(Decoder(config, attention, rngs=nnx.Rngs(config.seed)))
     params = nnx.to_pure_dict(params)
     optimizer = _optimizer(config)
-    return Trainer(graph, optimizer), State(params, optimizer.init(params))
+    state = State(params, optimizer.init(params))
+    if layout is not None:
+        state = jax.device_put(state, layout.of(state))
+    return Trainer(graph, optimizer, layout), state
 
 
 def _optimizer(config: Config) -> optax.GradientTransformation:
