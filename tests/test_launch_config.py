@@ -77,7 +77,12 @@ MAPPING = ("scope", "width", "packets", "threads_per_row", "cluster")
 
 
 def mapping(config: dict[str, Any]) -> dict[str, Any]:
-    """Which thread has which elements."""
+    """Which thread has which elements, and the order in which sums are added up.
+
+    Staged rows and windows are two ways to the same, and a block of one warp adds up as 32 lanes do.
+    """
+    if config["method"] in ("staged", "windows"):
+        return {name: config[name] for name in ("width", "threads_per_row")}
     return {name: config[name] for name in MAPPING}
 
 
@@ -103,7 +108,7 @@ def test_the_row_fits(case):
         assert config["aligned"] == (case.alignment == "rows")
         wide = packet(case, direction)
         halves = case.hidden % (wide // 2) == 0  # packets of 8 bytes, which the backward has
-        if config["aligned"] or kernel(config) == "staged":
+        if config["aligned"] or kernel(config) in ("staged", "windows"):
             assert config["width"] == wide
         elif kernel(config) == "ring":
             assert config["width"] == (wide // 2 if direction == "backward" and halves else wide)
@@ -127,7 +132,7 @@ def test_the_row_fits(case):
 def test_kernel(case):
     """Persistent blocks share long rows, leave SMs alone, and add up the dgamma of many rows."""
     for direction, config in case.both().items():
-        if kernel(config) in ("few", "plain", "staged"):
+        if kernel(config) in ("few", "plain", "staged", "windows"):
             assert config["cluster"] == 1
             assert (kernel(config) == "few") == (direction == "backward")
         if kernel(config) == "few":
@@ -140,7 +145,9 @@ def test_kernel(case):
             assert config["aligned"] or kernel(config) == "loop"
             continue
         if direction == "forward" and case.alignment == "tensors" and case.hidden <= 20_000:
-            assert kernel(config) in ("plain", "staged")
+            assert kernel(config) in ("plain", "staged", "windows")
+            few = case.rows * case.hidden * SIZES[case.x] <= 4 << 20
+            assert few or kernel(config) != "windows"
         if direction == "forward" and config["aligned"] and case.margin > 0:
             assert kernel(config) in ("ring", "loop")
         if direction == "backward" and case.alignment == "tensors" and case.x != case.dy:

@@ -7,6 +7,7 @@ namespace jax_rmsnorm {
 namespace {
 
 constexpr int kWarp = 32;
+constexpr int64_t kFewBytes = 4 << 20;  // of x, where rows are few: one round of blocks, or hardly more
 constexpr int64_t kMaxGrid = (int64_t{1} << 31) - 1;
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -132,25 +133,34 @@ LaunchConfig ForwardLayout(const Device& device, const Ring& ring, int64_t packe
 }
 
 // Rows that are not aligned to 16 bytes: in narrower packets, as far as rows are aligned to them and fit into
-// the registers of a block, or else by way of shared memory.
-LaunchConfig UnalignedForwardLayout(int64_t hidden, int wide, DType x, int64_t room) {
+// the registers of a block. Others are staged in shared memory, which is the fastest for many, or where they
+// are `few` read as windows, which takes the least time for one: columns belong to the same threads both
+// ways.
+LaunchConfig UnalignedForwardLayout(int64_t hidden, int wide, DType x, int64_t room, bool few) {
   constexpr int kFew = 4, kBlock = 128;
-  const auto width = static_cast<int>(std::gcd(hidden, int64_t{wide}));
-  const auto many = static_cast<int>(kForwardBytes / (width * SizeOf(x)));
-  const int64_t packets = hidden / width;
+  const auto narrow = static_cast<int>(std::gcd(hidden, int64_t{wide}));
+  const int many = ForwardPackets(narrow, SizeOf(x));
+  const int64_t packets = hidden / narrow;
   LaunchConfig config;
-  if (packets <= kFew * kWarp) {
-    config = Lanes(packets, kFew, kBlock);
-  } else if (packets <= many * kWarp / 2) {
-    config = Lanes(packets, many, kBlock);
-  } else if (width > 1 && packets <= many * kMaxThreads) {
-    config = Block(packets, many);
-  } else {
-    config = Staged(hidden, wide, x);
-    return config.shared_memory <= room ? config : Loop();
+  if (packets <= many * kWarp || (narrow > 1 && packets <= many * kMaxThreads)) {
+    config = packets <= kFew * kWarp   ? Lanes(packets, kFew, kBlock)
+             : packets <= many * kWarp ? Lanes(packets, many, kBlock)
+                                       : Block(packets, many);
+    config.width = narrow;
+    return config;
   }
-  config.width = width;
-  return config;
+  const int64_t windows = CeilDiv(hidden - 1, wide) + 1;  // wherever the row begins
+  config = Staged(hidden, wide, x);
+  if (few && windows <= kFew * config.threads_per_row) {
+    config.method = Method::kWindows;
+    config.shared_memory = 0;
+    if (config.threads_per_row == kWarp) {
+      config.scope = Scope::kLanes;
+      config.packets = windows <= 2 * kWarp ? 2 : kFew;
+      config.block = kBlock;
+    }
+  }
+  return config.shared_memory <= room ? config : Loop();
 }
 
 // With an addend no block is persistent: a row is the hardware's to deal out, whatever the margin.
@@ -212,8 +222,7 @@ LaunchConfig BackwardLayout(const Device& device, const Ring& ring, int64_t pack
 // Whether rows are so few that dx and dgamma are better computed side by side: all of x and dy stays in the
 // L2 cache, and a tile of dgamma has few rows for each of its `threads`.
 bool AreFew(const Shape& shape, DType x, int threads) {
-  constexpr int64_t kMaxBytes = 4 << 20;
-  return shape.groups * shape.rows * shape.hidden * SizeOf(x) <= kMaxBytes && shape.rows <= 2 * threads;
+  return shape.groups * shape.rows * shape.hidden * SizeOf(x) <= kFewBytes && shape.rows <= 2 * threads;
 }
 
 int UsableSMs(const Device& device, int margin) { return std::max(1, device.sm_count - std::max(0, margin)); }
@@ -258,7 +267,8 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
       config = Staged(shape.hidden, width, x);
     }
   } else if (alignment == Alignment::kTensors) {
-    config = UnalignedForwardLayout(shape.hidden, width, x, room);
+    const bool few = shape.groups * shape.rows * shape.hidden * SizeOf(x) <= kFewBytes;
+    config = UnalignedForwardLayout(shape.hidden, width, x, room, few);
   } else {
     config = Loop();
   }

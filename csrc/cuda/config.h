@@ -18,10 +18,11 @@ enum class Scope : int32_t {
 
 // How a kernel gets at its rows.
 enum class Method : int32_t {
-  kPlain,   // straight into registers; the hardware deals out blocks of one row, or of a few
-  kStaged,  // the same by way of shared memory: long rows, and those aligned to no packet
-  kRing,    // persistent blocks, one an SM, fed by asynchronous copies
-  kFew,     // backward: tiles of dgamma and rows of dx side by side
+  kPlain,    // straight into registers; the hardware deals out blocks of one row, or of a few
+  kStaged,   // the same by way of shared memory: long rows, and those aligned to no packet
+  kRing,     // persistent blocks, one an SM, fed by asynchronous copies
+  kWindows,  // straight into registers, rows that lie anywhere in their packets
+  kFew,      // backward: tiles of dgamma and rows of dx side by side
 };
 
 // What all rows of all operands have in common, which decides how they can be read.
@@ -49,6 +50,12 @@ constexpr int64_t StageBytes(int64_t bytes) { return (bytes + 15) / 16 * 16 + 2 
 
 // Of a row that a thread of the plain forward kernel holds where it takes no more than the row needs.
 constexpr int kForwardBytes = 64;
+
+// The same in packets of `width` elements: fewer bytes of single elements, each of which takes as many
+// instructions as a packet.
+constexpr int ForwardPackets(int64_t width, int64_t size) {
+  return static_cast<int>((width == 1 ? kForwardBytes / 2 : kForwardBytes) / (width * size));
+}
 
 // Turns that a ring copies ahead where a slot takes `rows` rows of a rotary embedding at a time.
 constexpr int kRotaryAhead[3] = {0, 2, 1};

@@ -7,6 +7,7 @@
 #include "forward_ring.cuh"
 #include "forward_rotary.cuh"
 #include "forward_staged.cuh"
+#include "forward_windows.cuh"
 
 namespace jax_rmsnorm {
 
@@ -161,7 +162,7 @@ __global__ __launch_bounds__(kMaxThreads) void ForwardLoopKernel(
 template <typename T, typename G, typename A, int kSize>
 auto FindForwardPlain(const LaunchConfig& config) -> void (*)(ForwardParams) {
   constexpr int kBytes = kSize * static_cast<int>(sizeof(T));
-  constexpr int kMany = kForwardBytes / kBytes;
+  constexpr int kMany = ForwardPackets(kSize, sizeof(T));
   if constexpr (kBytes == 16) {
     if (config.packets == 1) return ForwardKernel<T, G, A, kSize, 1, Scope::kLanes>;
     if (config.packets == 2) return ForwardKernel<T, G, A, kSize, 2, Scope::kLanes>;
@@ -188,6 +189,13 @@ auto FindForwardStaged(const LaunchConfig& config) -> void (*)(ForwardParams) {
   return config.aligned ? ForwardStagedKernel<T, G, true> : ForwardStagedKernel<T, G, false>;
 }
 
+template <typename T, typename G>
+auto FindForwardWindows(const LaunchConfig& config) -> void (*)(ForwardParams) {
+  if (config.scope == Scope::kBlock) return ForwardWindowsKernel<T, G, 4, Scope::kBlock>;
+  return config.packets == 2 ? ForwardWindowsKernel<T, G, 2, Scope::kLanes>
+                             : ForwardWindowsKernel<T, G, 4, Scope::kLanes>;
+}
+
 template <typename T>
 auto FindForwardRing(const LaunchConfig& config) -> void (*)(ForwardParams) {
   constexpr int kSize = 16 / sizeof(T);
@@ -206,13 +214,16 @@ auto FindForward(const LaunchConfig& config, const ForwardArgs& args) -> void (*
     return config.aligned ? ForwardLoopKernel<T, G, kSize> : ForwardLoopKernel<T, G, 1>;
   }
   if (config.method == Method::kRing) return FindForwardRing<T>(config);
+  if (config.method == Method::kWindows) return FindForwardWindows<T, G>(config);
   if (config.method == Method::kStaged) return FindForwardStaged<T, G>(config);
   if (FusionOf(args) == Fusion::kRotary) return FindForwardRotary<T, G>(config, args.rotary.interleaved);
   if (FusionOf(args) == Fusion::kAdd) return FindForwardAdd<T, G>(config, args.addend_dtype);
   if (config.width == kSize) return FindForwardPlain<T, G, void, kSize>(config);
   if (config.width == kSize / 2) return FindForwardPlain<T, G, void, kSize / 2>(config);
   if (kSize > 4 && config.width == kSize / 4) return FindForwardPlain<T, G, void, kSize / 4>(config);
-  return FindForwardPlain<T, G, void, 1>(config);
+  constexpr int kMany = ForwardPackets(1, sizeof(T));
+  return config.packets == 4 ? ForwardKernel<T, G, void, 1, 4, Scope::kLanes>
+                             : ForwardKernel<T, G, void, 1, kMany, Scope::kLanes>;
 }
 
 template <typename T>

@@ -45,7 +45,7 @@ Fused ParseFused(const std::string& fusion, int64_t rotary_width, bool interleav
 }
 
 nb::dict ToDict(const LaunchConfig& config) {
-  constexpr const char* kMethods[] = {"plain", "staged", "ring", "few"};
+  constexpr const char* kMethods[] = {"plain", "staged", "ring", "windows", "few"};
   constexpr const char* kScopes[] = {"lanes", "block", "cluster", "loop"};
   nb::dict dict;
   dict["method"] = kMethods[static_cast<int>(config.method)];

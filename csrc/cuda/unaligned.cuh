@@ -100,6 +100,41 @@ class Window {
   int begin_, end_;
 };
 
+// Pairs of packets in a row: those that begin at(k) elements after `from`, and the ones behind them. `from`
+// is a multiple of kSize, and may be negative; the tensor has `total` elements. Only what begins less than
+// `stop` elements after `from` is read, and nothing outside the tensor: such elements are zero. The one
+// packet that the tensor's end may cut off is read by all threads, which spares each the search for it.
+template <typename T, int kSize, int kPackets, typename At>
+__device__ __forceinline__ void LoadPairs(const T* tensor, int64_t total, int64_t from, int stop,
+                                          const At& at, Packet<T, kSize> (&packets)[kPackets],
+                                          Packet<T, kSize> (&next)[kPackets]) {
+  const T* base = tensor + from;
+  const int begin = from < 0 ? kSize : 0;
+  const int end = static_cast<int>(min(total - from, int64_t{INT_MAX - kSize}));
+  const int whole = end / kSize * kSize;
+  const int last = min(whole, stop);
+#pragma unroll
+  for (int k = 0; k < kPackets; ++k) {
+    packets[k].Load(base + at(k), at(k) >= begin && at(k) < last);
+    next[k].Load(base + at(k) + kSize, at(k) + kSize < last);
+  }
+  if (whole >= stop || whole == end) return;
+  Packet<T, kSize> cut;
+  cut.SetZero();
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    Packet<T, 1> element;
+    element.Load(base + whole + i, whole + i < end);
+    constexpr int kPerRegister = 4 / static_cast<int>(sizeof(T));
+    cut.registers[i / kPerRegister] |= element.registers[0] << (i % kPerRegister * 16);
+  }
+#pragma unroll
+  for (int k = 0; k < kPackets; ++k) {
+    if (at(k) == whole) packets[k] = cut;
+    if (at(k) + kSize == whole) next[k] = cut;
+  }
+}
+
 // gamma, of type G, at the kSize columns from `column` on of a group, whose gamma begins at element `start`.
 // Columns outside the row get any value; with kAligned they are not `inside`.
 template <typename G, bool kAligned, typename Args, int kSize>

@@ -37,6 +37,7 @@ def test_every_layout_is_among_the_shapes():
         *itertools.product(("ring",), ("lanes", "block", "cluster"), (True, False)),
         *itertools.product(("plain",), ("lanes", "block", "loop"), (True, False)),
         *itertools.product(("staged",), ("block",), (True, False)),
+        *itertools.product(("windows",), ("lanes", "block"), (False,)),
         *itertools.product(("few",), ("lanes", "block"), (True,)),
     }
 
@@ -63,7 +64,7 @@ def test_rows(rows, hidden):
     check_call((rows, hidden), jnp.bfloat16, jnp.float32, jnp.bfloat16, zero_centered_gamma=True)
 
 
-@pytest.mark.parametrize("hidden", [64, 65, 3000, 40_960])
+@pytest.mark.parametrize("hidden", [64, 65, 333, 3000, 3001, 40_960])
 def test_gamma_batched_by_vmap(hidden):
     """Groups of rows with a gamma and a dgamma each: few large ones, and more than there are SMs."""
     for groups, rows in ((3, 200), (300, 2)):
@@ -78,10 +79,11 @@ def test_gamma_batched_by_vmap(hidden):
             oracle.assert_close(dgamma[i], want.dgamma, terms=want.dgamma_terms, what="dgamma")
 
 
-@pytest.mark.parametrize("hidden", [72, 1024, 4096, 4100, 16_384, 65_536])
+@pytest.mark.parametrize("hidden", [72, 333, 1023, 1024, 4096, 4100, 5121, 16_384, 65_536])
 def test_bits(hidden):
     """The same bits again; a row's own bits in any batch, with any margin."""
-    x, dy = (np.asarray(draw(i, (700, hidden), jnp.bfloat16)) for i in (0, 2))
+    rows = max(700, 3 * 2**20 // hidden)  # too many for the kernels of few
+    x, dy = (np.asarray(draw(i, (rows, hidden), jnp.bfloat16)) for i in (0, 2))
     gamma = draw(1, hidden, jnp.float32)
 
     @functools.partial(jax.jit, static_argnames="margin")

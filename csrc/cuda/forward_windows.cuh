@@ -1,0 +1,91 @@
+// The forward kernel of rows that do not begin at multiples of 16 bytes, and that a block's registers hold.
+#pragma once
+
+#include "forward_common.cuh"
+
+namespace jax_rmsnorm {
+
+// Grid: as of ForwardKernel. A row lies in aligned packets, its windows, the first of which begins `shift`
+// elements before it. A thread has a few of them, each with the next one, out of which it joins the columns
+// that it adds up: the sum does not depend on where the row lies. What it writes are its windows.
+//
+// Preconditions: the tensors are aligned to 16 bytes; the row fits wherever it begins, hidden + kSize - 1 <=
+// kSize * kPackets * threads_per_row.
+template <typename T, typename G, int kPackets, Scope kScope>
+__global__ __launch_bounds__(
+    kScope == Scope::kLanes ? 128 : kMaxThreads,
+    kScope == Scope::kLanes ? 4 : 1) void ForwardWindowsKernel(const __grid_constant__ ForwardParams params) {
+  constexpr int kSize = 16 / sizeof(T);
+  constexpr bool kEarlyGamma = kPackets * Packet<G, kSize>::kRegisters <= 16;
+  const ForwardArgs& args = params.args;
+  const Arithmetic& arithmetic = args.arithmetic;
+  const int hidden = static_cast<int>(args.shape.hidden);
+  const int64_t rows = args.shape.groups * args.shape.rows;
+  const int threads = params.threads_per_row;
+  const int slots = kScope == Scope::kLanes ? static_cast<int>(blockDim.x) / threads : 1;
+  const int slot = kScope == Scope::kLanes ? static_cast<int>(threadIdx.x) / threads : 0;
+  const int thread = static_cast<int>(threadIdx.x) - slot * threads;
+  RowSum<kScope> row_sum(threads);
+  LaunchDependents();
+  WaitForPrimary();
+
+  // Where this thread's windows begin, from the row's first one on.
+  const auto at = [&](int k) { return (k * threads + thread) * kSize; };
+  const float gamma_offset = args.gamma == nullptr || arithmetic.zero_centered_gamma ? 1.0f : -0.0f;
+
+  int64_t item = blockIdx.x;
+  do {
+    const int64_t row = item * slots + slot;
+    const bool live = row < rows;  // the others take part in the sums only
+    const int64_t start = row * hidden;
+    const int shift = static_cast<int>(start & (kSize - 1));
+    const int stop = live ? shift + hidden : 0;
+
+    Packet<T, kSize> windows[kPackets], next[kPackets];
+    LoadPairs(static_cast<const T*>(args.x), rows * hidden, start - shift, stop, at, windows, next);
+
+    // gamma's columns of a window begin within a packet of gamma, and a column or more before the first.
+    const int64_t gamma_start = GammaRow(args.shape, row) * hidden - shift;
+    const int gamma_shift = static_cast<int>(gamma_start & (kSize - 1));
+    Packet<G, kSize> gammas[kPackets];
+    const auto load_gammas = [&] {
+      Packet<G, kSize> next_gammas[kPackets];
+      LoadPairs(static_cast<const G*>(args.gamma), args.shape.groups * hidden, gamma_start - gamma_shift,
+                args.gamma == nullptr ? 0 : stop + gamma_shift, at, gammas, next_gammas);
+#pragma unroll
+      for (int k = 0; k < kPackets; ++k) gammas[k] = Join(gammas[k], next_gammas[k], gamma_shift);
+    };
+    if constexpr (kEarlyGamma) load_gammas();
+
+    float sum = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kPackets; ++k) {
+      float values[kSize];
+      Join(windows[k], next[k], shift).Get(values);
+      ZeroBeyond(hidden, at(k), values);
+      sum += SumOfSquares(values);
+    }
+    sum = row_sum(sum);
+    if (!live) continue;
+    const float rrms = rsqrtf(sum * params.inverse_hidden + arithmetic.eps);
+    if (args.rrms != nullptr && thread == 0) args.rrms[row] = rrms;
+
+    if constexpr (!kEarlyGamma) load_gammas();
+    WithTypeBeside<T>(args.y_dtype, [&](auto tag) {
+      using Y = decltype(tag);
+#pragma unroll
+      for (int k = 0; k < kPackets; ++k) {
+        float values[kSize], scale[kSize], y[kSize];
+        windows[k].Get(values);
+        gammas[k].Get(scale);
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) scale[i] += gamma_offset;
+        Normalize<T>(values, rrms, scale, arithmetic.round_before_gamma, y);
+        const int column = at(k) - shift;
+        StoreWithinRow(static_cast<Y*>(args.y) + start + column, hidden, column, y);
+      }
+    });
+  } while ((item += gridDim.x) < params.items);
+}
+
+}  // namespace jax_rmsnorm
