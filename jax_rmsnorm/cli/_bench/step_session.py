@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,10 +36,10 @@ class Plan:
 
 
 PLANS = {"cpu": Plan(rounds=5, steps=2, seconds=0.1), "gpu": Plan(rounds=10, steps=5, seconds=0.15)}
-# A GPU that has been idle while the last profile was read runs faster than one that has reached its power limit, as in
-# the steps that are timed: most of the steps of a profile must come after that.
-_PROFILED_SECONDS = 0.5
-_LEAST_PROFILED_STEPS = 4
+_PROFILED_STEPS = 4
+# A GPU that was idle while the last profile was read runs faster for a while than one at its power limit, as in the
+# steps that are timed.
+_WARM_UP_SECONDS = 1.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +112,9 @@ def _measure(config: Config, names: Sequence[str], plan: Plan, *, profiled: bool
         measured[name].samples = samples
     if profiled:
         for name, run_steps in steps.items():
-            count = round(_PROFILED_SECONDS / statistics.median(measured[name].samples))
-            calls = max(_LEAST_PROFILED_STEPS, count) * [functools.partial(run_steps, 1)]
+            step_seconds = statistics.median(measured[name].samples)
+            jax.block_until_ready(run_steps(math.ceil(_WARM_UP_SECONDS / step_seconds)))
+            calls = _PROFILED_STEPS * [functools.partial(run_steps, 1)]
             measured[name].device = profile.measure(calls)
     return Result(config, parameters, measured)
 
