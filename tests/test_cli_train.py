@@ -14,6 +14,7 @@ import jax
 import matplotlib.image
 import numpy as np
 import pytest
+from checks import needs_8_devices
 
 import jax_rmsnorm
 from jax_rmsnorm import cli
@@ -104,6 +105,21 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(whole, tiny, tmp_p
     assert (tmp_path / "sample.txt").read_bytes() == (whole.folder / "sample.txt").read_bytes()
 
 
+@needs_8_devices
+def test_a_run_on_a_mesh_goes_on_without(whole, tiny, tmp_path, capsys):
+    """And has the losses of a run that was on one device all the time."""
+    first = train(tmp_path, *tiny, "--mesh=data=2,tensor=2", "--stop-at=6")
+    mesh = "data 2 x tensor 2 of 8 devices"
+    assert first.metrics["mesh"] == mesh
+    assert f"\nmesh: {mesh}\n" in capsys.readouterr().out
+    second = train(tmp_path, f"--resume={tmp_path}", "--stop-at=10")
+    assert "mesh" not in second.metrics
+    assert "mesh:" not in capsys.readouterr().out
+    # Rounding errors of 1e-7 grow from step to step.
+    np.testing.assert_allclose(second.losses, whole.losses[:10], rtol=1e-4)
+    np.testing.assert_allclose(second.held_out[:2], whole.held_out[:2], rtol=1e-4)
+
+
 def test_kernel_and_xla_agree(whole, tiny, tmp_path):
     xla = train(tmp_path, *tiny, "--implementation=xla", "--stop-at=10")
     assert xla.metrics["norms"] == "plain JAX"
@@ -172,6 +188,7 @@ def assert_rejected(capsys: pytest.CaptureFixture[str], option: str, *arguments:
         ("--stop-at", ["--steps=10", "--stop-at=11"]),
         ("--stop-at", ["--stop-at=0"]),
         ("--data", ["--data=/nonexistent"]),
+        ("--mesh", ["--mesh=model=2"]),
         ("--resume", ["--resume=/nonexistent"]),
         ("--resume", ["--preset=cpu", "--resume=/nonexistent"]),
     ],

@@ -1,112 +1,173 @@
-"""``jax-rmsnorm train --mesh``: the same losses on any mesh, and arrays that really are in parts."""
+"""``jax-rmsnorm train --mesh``: what a step computes, communicates and keeps on each device; which meshes there are."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import sysconfig
-from collections.abc import Iterator
-from pathlib import Path
+import dataclasses
+import functools
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from checks import needs_8_devices
-from compiled import kernels
+from compiled import collectives, kernels
 
-from jax_rmsnorm import cli
 from jax_rmsnorm.cli._errors import OptionError
-from jax_rmsnorm.cli._train import config, layout, step
+from jax_rmsnorm.cli._train import checkpoint, layout
+from jax_rmsnorm.cli._train.config import PRESETS, Config
+from jax_rmsnorm.cli._train.history import History
+from jax_rmsnorm.cli._train.layout import Layout
+from jax_rmsnorm.cli._train.step import State, build
 
 pytestmark = needs_8_devices
-STEPS = 12
-SETTINGS = {
-    "d_model": 32,
-    "layers": 1,
-    "heads": 2,
-    "kv_heads": 1,
-    "seq": 32,
-    "batch": 8,
-    "lr": 2e-2,
-    "steps": STEPS,
-    "held_out_windows": 8,
-    "sample_bytes": 4,
-}
+STEPS = 6
+CONFIG = dataclasses.replace(
+    PRESETS["cpu"], d_model=64, layers=1, heads=4, kv_heads=2, seq=16, batch=8, steps=STEPS, lr=1e-2
+)
+MESHES = pytest.mark.parametrize(
+    ("mesh", "data", "fsdp", "tensor"),
+    [
+        ("data=2", 2, 1, 1),
+        ("fsdp=2", 1, 2, 1),
+        ("tensor=2", 1, 1, 2),
+        ("data=2,tensor=2", 2, 1, 2),
+    ],
+)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def standard_promotion() -> Iterator[None]:
-    """Optax mixes integer step counts with floating-point numbers."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+def make(mesh: str, config: Config) -> Layout:
+    return layout.make(layout.parse(mesh), config)
 
 
-@pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    text = tmp_path_factory.mktemp("text")
-    for package in ("asyncio", "email", "json"):
-        shutil.copytree(Path(sysconfig.get_paths()["stdlib"], package), text / package)
-    return [f"{config.option(name)}={value}" for name, value in SETTINGS.items()] + [
-        f"--data={text}"
-    ]
+class Program(NamedTuple):
+    """A compiled step and the state that it starts from."""
+
+    step: Any
+    state: State
+
+    def run(self, state: State, steps: int) -> tuple[State, list[float]]:
+        """Steps on the same windows, so that each loss tells of all the updates before it."""
+        windows = np.random.default_rng(0).integers(
+            0, 256, (CONFIG.batch, CONFIG.seq + 1), np.uint8
+        )
+        state = jax.tree.map(jnp.copy, state)  # a step donates its state
+        losses = []
+        for _ in range(steps):
+            state, loss = self.step(state, windows)
+            losses.append(float(loss))
+        return state, losses
 
 
-def train(folder: Path, *options: str) -> list[float]:
-    """The loss of every step so far."""
-    assert cli.main(["train", f"--out={folder}", *options]) == 0
-    return json.loads((folder / "metrics.json").read_text())["history"]["train"]
+@functools.cache
+def program(mesh: str | None) -> Program:
+    with jax.numpy_dtype_promotion(
+        "standard"
+    ):  # Optax mixes step counts with floating-point numbers
+        trainer, state = build(CONFIG, "xla", make(mesh, CONFIG) if mesh else Layout())
+        return Program(trainer.compile_step(state, CONFIG), state)
 
 
-def test_losses_do_not_depend_on_the_mesh(options, tmp_path, capsys):
-    """Begun on one mesh and resumed on another."""
-    on_one = train(tmp_path / "one", *options)
-    assert len(on_one) == STEPS
-    folder = tmp_path / "mesh"
-    train(folder, *options, "--mesh=data=2,tensor=2", f"--stop-at={STEPS // 2}")
-    assert "mesh: data 2 x tensor 2 of 8 devices" in capsys.readouterr().out
-    resumed = train(folder, f"--resume={folder}", "--mesh=fsdp=4")
-    # Rounding errors of 1e-7 grow from step to step.
-    np.testing.assert_allclose(resumed, on_one, rtol=1e-4)
+@functools.cache
+def run(mesh: str | None) -> tuple[State, list[float]]:
+    return program(mesh).run(program(mesh).state, STEPS)
 
 
-def test_arrays_are_in_parts_and_norms_are_kernels():
-    settings = config.from_preset("cpu", {**SETTINGS, "kv_heads": 2})
-    placed = layout.make({"data": 2, "fsdp": 2, "tensor": 2}, settings)
-    trainer, state = step.build(settings, "xla", placed)
-    query = state.params["blocks"][0]["attention"]["query"]["kernel"]
-    assert query.addressable_shards[0].data.shape == (16, 16)
-    parts = [leaf for leaf in jax.tree.leaves(state) if not leaf.sharding.is_fully_replicated]
-    bytes_in_parts = sum(leaf.nbytes for leaf in parts)
-    assert bytes_in_parts > 0.9 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-
-    found = kernels(trainer.compile_step(state, settings))
-    # Two windows a device, and half of their positions where the stream is normalised; one head of two.
-    assert set(found) == {
-        "forward f32[2,16,32]",
-        "backward f32[2,16,32]",
-        "add_forward f32[2,16,32]",
-        "add_backward f32[2,16,32]",
-        "rope_forward f32[2,32,1,16]",
-        "rope_backward f32[2,32,1,16]",
-    }
+@MESHES
+def test_losses_are_those_of_one_device(mesh, data, fsdp, tensor):
+    _, expected = run(None)
+    assert expected[-1] < expected[0] - 0.5
+    _, losses = run(mesh)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "data", "data=0", "data=two", "rows=2", "data=2,data=2", "data=2;tensor=2"]
+    ("before", "after"),
+    [("data=2,tensor=2", "fsdp=2"), ("fsdp=2", None), (None, "data=2,tensor=2")],
 )
-def test_what_is_no_mesh_is_refused(text):
-    with pytest.raises(OptionError, match="expected sizes of data, fsdp, tensor"):
-        layout.parse(text)
+def test_a_checkpoint_goes_with_any_mesh(before, after, tmp_path):
+    done = STEPS // 2
+    state, losses = program(before).run(program(before).state, done)
+    saved = checkpoint.Saved(tmp_path, done, CONFIG, History(losses), fingerprint="")
+    checkpoint.save(saved, state)
+    restored = checkpoint.restore(saved, like=program(after).state)
+    _, rest = program(after).run(restored, STEPS - done)
+    np.testing.assert_allclose([*losses, *rest], run(None)[1], rtol=1e-5)
+
+
+@MESHES
+def test_norms_run_on_shards(mesh, data, fsdp, tensor):
+    """Those of the residual stream are split by positions, those of queries and keys by heads."""
+    batch = CONFIG.batch // (data * fsdp)
+    stream = f"f32[{batch},{CONFIG.seq // tensor},{CONFIG.d_model}]"
+    query, key = (
+        f"f32[{batch},{CONFIG.seq},{heads // tensor},{CONFIG.head_dim}]"
+        for heads in (CONFIG.heads, CONFIG.kv_heads)
+    )
+    assert kernels(program(mesh).step) == {
+        f"forward {stream}": 1,  # the first norm adds nothing
+        f"add_forward {stream}": 2,
+        f"backward {stream}": 2,  # nor does a gradient of the last one's sum come back
+        f"add_backward {stream}": 1,
+        **{f"rope_forward {x}": 1 for x in (query, key)},
+        **{f"rope_backward {x}": 1 for x in (query, key)},
+    }
+
+
+@MESHES
+def test_what_is_gathered(mesh, data, fsdp, tensor):
+    """Sequences in front of attention and SwiGLU and their gradients, for tensor; parameters for fsdp; else nothing."""
+    moved = collectives(program(mesh).step)
+    sequences = f"all-gather f32[{CONFIG.batch // (data * fsdp)},{CONFIG.seq},{CONFIG.d_model}]"
+    assert moved[sequences] == (4 if tensor > 1 else 0)
+    gathers = sum(count for kind, count in moved.items() if kind.startswith("all-gather"))
+    assert (gathers > moved[sequences]) == (fsdp * tensor > 1)
+    assert not any(kind.startswith("all-to-all") for kind in moved)
+
+
+@MESHES
+def test_matrices_are_kept_in_parts(mesh, data, fsdp, tensor):
+    """Those of the optimiser's two moments too, and after steps as before."""
+    matrices = [leaf for leaf in jax.tree.leaves(run(mesh)[0]) if leaf.ndim == 2]
+    assert len(matrices) == 3 * (2 + 7)
+    for matrix in matrices:
+        assert len(matrix.addressable_shards) == data * fsdp * tensor
+        assert {shard.data.size for shard in matrix.addressable_shards} == {
+            matrix.size // (fsdp * tensor)
+        }
 
 
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        ("data=16", "needs 16 devices, and there are 8"),
-        ("data=3", r"--batch \(8\) must be a multiple of 3"),
-        ("tensor=4", r"--heads \(2\) must be a multiple of 4"),
+        ("", "expected sizes of data, fsdp, tensor"),
+        ("data", "got 'data'"),
+        ("data=0", "got 'data=0'"),
+        ("data=two", "got 'data=two'"),
+        ("model=2", "got 'model=2'"),
+        ("data=2,data=2", "each once"),
+        ("data=2;tensor=2", "got 'data=2;tensor=2'"),
+        ("data=2,fsdp=3", r"data=2,fsdp=3 must divide --batch, which is 8"),
+        ("data=2,tensor=8", r"tensor=8 must divide --heads, which is 4"),
+        ("tensor=4", r"tensor=4 must divide --kv-heads, which is 2"),
+        (
+            "data=8,tensor=2",
+            "data=8,tensor=2 needs 16 devices, and there are 8 .*JAX_NUM_CPU_DEVICES=16",
+        ),
     ],
 )
-def test_meshes_that_do_not_fit_are_refused(mesh, message):
+def test_a_mesh_that_cannot_be(mesh, message):
+    with pytest.raises(OptionError, match=f"^--mesh: .*{message}"):
+        make(mesh, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seq": 17}, r"tensor=2 must divide --seq, which is 17"),
+        ({"d_model": 24}, r"fsdp=8,tensor=2 must divide --d-model, which is 24"),
+    ],
+)
+def test_sizes_that_a_mesh_does_not_divide(change, message):
     with pytest.raises(OptionError, match=message):
-        layout.make(layout.parse(mesh), config.from_preset("cpu", SETTINGS))
+        make("fsdp=8,tensor=2", dataclasses.replace(CONFIG, **change))

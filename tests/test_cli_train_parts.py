@@ -21,6 +21,7 @@ from jax_rmsnorm.cli._train.corpus import Corpus
 from jax_rmsnorm.cli._train.generate import sample
 from jax_rmsnorm.cli._train.history import History, Throughput
 from jax_rmsnorm.cli._train.interrupt import StopOnInterrupt
+from jax_rmsnorm.cli._train.layout import Layout
 from jax_rmsnorm.cli._train.loop import Job, train
 from jax_rmsnorm.cli._train.model import normalize_and_rotate, rotary_angles
 from jax_rmsnorm.cli._train.progress import reporter
@@ -34,7 +35,7 @@ CONFIG = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def built() -> tuple[Trainer, State]:
-    return build(CONFIG, "xla")
+    return build(CONFIG, "xla", Layout())
 
 
 def random_bytes(*shape: int) -> np.ndarray:
@@ -69,7 +70,7 @@ def test_logits_are_float32_and_follow_the_float32_model_in_bfloat16():
     windows = random_bytes(4, 17)
     losses = {}
     for dtype in ("float32", "bfloat16"):
-        trainer, state = build(dataclasses.replace(CONFIG, dtype=dtype), "xla")
+        trainer, state = build(dataclasses.replace(CONFIG, dtype=dtype), "xla", Layout())
         assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
         assert jax.eval_shape(trainer.logits, state.params, windows).dtype == jnp.float32
         losses[dtype] = float(jax.jit(trainer.loss)(state.params, windows))

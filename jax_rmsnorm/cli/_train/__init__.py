@@ -3,8 +3,8 @@
 Each line depends on those above it:
 
     config     history    interrupt
-    corpus     model      results     progress
-    layout
+    corpus     layout     results     progress
+    model
     step       backend
     checkpoint generate   loop
     plan

@@ -1,15 +1,17 @@
-"""Where a run's arrays are on a mesh of devices.
+"""Where a run's arrays are on a mesh of devices: batches, parameters, and activations between the products.
 
-Batches are split over ``data`` and ``fsdp``. Parameters and what the optimiser keeps of them are split over ``tensor``,
-by heads and by the SwiGLU's hidden size as in Megatron-LM (https://arxiv.org/abs/1909.08053), and over ``fsdp``, which
-gathers them where they are used. Between the products the residual stream is split over ``tensor`` by its positions
-(https://arxiv.org/abs/2205.05198). XLA puts the communication in; the norms keep what sharding they find.
+``data`` splits batches. So does ``fsdp``, which also keeps parameters and the optimiser's state in parts: a parameter
+is gathered where it is used. ``tensor`` splits heads and the SwiGLU's hidden size, as Megatron-LM does
+(https://arxiv.org/abs/1909.08053), and in front of and behind them the residual stream by positions
+(https://arxiv.org/abs/2205.05198). XLA puts the communication in. Whatever the mesh, a norm's rows stay whole, and each
+device runs the kernels on its share of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,63 +21,80 @@ from jax.sharding import PartitionSpec as P
 
 from .._errors import OptionError
 from .config import Config
-from .model import Shardings
 
 AXES = ("data", "fsdp", "tensor")
 _BATCH = ("data", "fsdp")
-_COLUMNS = P("fsdp", "tensor")
-_ROWS = P("tensor", "fsdp")
-# Of kernels [inputs, outputs], by the module's name. All else, the norms' scales, every device has whole.
-_KERNELS = {
-    "embedding": P(None, "fsdp"),
-    "query": _COLUMNS,
-    "key": _COLUMNS,
-    "value": _COLUMNS,
-    "gate": _COLUMNS,
-    "up": _COLUMNS,
-    "out": _ROWS,
-    "down": _ROWS,
-    "head": _COLUMNS,
-}
+# Of the leaves whose path ends so: the first that fits. In the optimiser's state, a parameter's path ends the paths of
+# what is kept of it. A vocabulary of bytes makes it cheaper to gather the outer two kernels than to move activations.
+_PARAMETERS = (
+    (r"(query|key|value|gate|up)/kernel$", P("fsdp", "tensor")),
+    (r"(out|down)/kernel$", P("tensor", "fsdp")),
+    (r"embedding/kernel$", P(None, ("fsdp", "tensor"))),
+    (r"head/kernel$", P(("fsdp", "tensor"), None)),
+    (r"", P()),  # the norms' scales, the optimiser's counts
+)
+_ONE_KV_HEAD = (r"(key|value)/kernel$", P("fsdp"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A mesh with the axes of `AXES`, and whether there are key and value heads for each part of ``tensor``."""
+    """How arrays are split over the devices of a mesh.
 
-    mesh: Mesh
-    splits_kv_heads: bool
+    Attributes:
+        mesh: has all `AXES`; None: everything is on JAX's default device.
+        splits_kv_heads: over ``tensor``; a single one is on each of its devices.
+    """
+
+    mesh: Mesh | None = None
+    splits_kv_heads: bool = True
 
     @property
-    def windows(self) -> NamedSharding:
+    def windows(self) -> NamedSharding | None:
         """Of windows [batch, seq + 1]."""
-        return NamedSharding(self.mesh, P(_BATCH))
+        return None if self.mesh is None else NamedSharding(self.mesh, P(_BATCH))
 
-    @property
-    def activations(self) -> Shardings:
-        heads = P(_BATCH, None, "tensor")
-        kv_heads = heads if self.splits_kv_heads else P(_BATCH)
-        specs = P(_BATCH, "tensor"), heads, kv_heads, P(_BATCH, None, "tensor")
-        return Shardings(*(NamedSharding(self.mesh, spec) for spec in specs))
-
-    def of(self, tree: Any) -> Any:
-        """Shardings of parameters, or of a whole state: what the optimiser keeps has its parameter's path."""
+    def shardings(self, tree: Any) -> Any:
+        """Of parameters, or of a whole state."""
+        if self.mesh is None:
+            return None
+        mesh = self.mesh
         return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: NamedSharding(self.mesh, self._spec(path, leaf.ndim)), tree
+            lambda path, _: NamedSharding(mesh, self._parameter_spec(path)), tree
         )
 
+    def by_position(self, x: jax.Array) -> jax.Array:
+        """x [batch, seq, …] as the residual stream is split."""
+        return self._constrain(x, "tensor")
+
+    def whole_sequences(self, x: jax.Array) -> jax.Array:
+        """x [batch, seq, …] as the products with a kernel's columns read it: on all devices of ``tensor``."""
+        return self._constrain(x)
+
+    def by_feature(self, x: jax.Array) -> jax.Array:
+        """x [batch, seq, features or heads, …] as these products write it."""
+        return self._constrain(x, None, "tensor")
+
+    def by_kv_head(self, x: jax.Array) -> jax.Array:
+        """The same of keys and values [batch, seq, kv heads, head_dim]."""
+        return self.by_feature(x) if self.splits_kv_heads else self.whole_sequences(x)
+
+    def _constrain(self, x: jax.Array, *behind_batch: str | None) -> jax.Array:
+        if self.mesh is None:
+            return x
+        parts = math.prod(self.mesh.shape[axis] for axis in _BATCH)
+        batch = None if x.shape[0] % parts else _BATCH  # text is sampled from one window at a time
+        sharding = NamedSharding(self.mesh, P(batch, *behind_batch))
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+    def _parameter_spec(self, path: tuple[Any, ...]) -> P:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        rules = _PARAMETERS if self.splits_kv_heads else (_ONE_KV_HEAD, *_PARAMETERS)
+        return next(spec for pattern, spec in rules if re.search(pattern, name))
+
     def describe(self) -> str:
+        assert self.mesh is not None
         sizes = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items() if size > 1)
         return f"{sizes or 'one device'} of {jax.device_count()} devices"
-
-    def _spec(self, path: tuple[Any, ...], ndim: int) -> P:
-        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        if ndim != 2 or len(names) < 2:
-            return P()
-        module = names[-2]
-        if module in ("key", "value") and not self.splits_kv_heads:
-            return P("fsdp")
-        return _KERNELS[module]
 
 
 def parse(text: str) -> dict[str, int]:
@@ -109,26 +128,32 @@ def make(sizes: Mapping[str, int], config: Config) -> Layout:
     Raises:
         OptionError: there are too few devices, or the model does not divide so.
     """
+    for what, length, axes in (
+        ("--batch", config.batch, _BATCH),
+        ("--heads", config.heads, ("tensor",)),
+        # A single one is on every device of tensor. Two on four would split that axis, for which there is no spec.
+        ("--kv-heads", config.kv_heads, ("tensor",) if config.kv_heads > 1 else ()),
+        ("--seq", config.seq, ("tensor",)),
+        ("--d-model", config.d_model, ("fsdp", "tensor")),
+        ("the SwiGLU's hidden size", config.mlp_dim, ("tensor",)),
+    ):
+        parts = {axis: sizes[axis] for axis in axes}
+        if length % math.prod(parts.values()):
+            raise OptionError(f"--mesh: {_format(parts)} must divide {what}, which is {length}")
     needed, found = math.prod(sizes.values()), jax.device_count()
     if needed > found:
         raise OptionError(
-            f"--mesh: needs {needed} devices, and there are {found} ({jax.default_backend()}). "
-            "A CPU appears as several with the environment variable JAX_NUM_CPU_DEVICES."
+            f"--mesh: {_format(sizes)} needs {needed} devices, and there are {found} ({jax.default_backend()}); a CPU "
+            f"appears as {needed} with JAX_NUM_CPU_DEVICES={needed} in the environment (jax_num_cpu_devices)"
         )
-    tensor = sizes["tensor"]
-    for what, size, parts in (
-        ("--batch", config.batch, sizes["data"] * sizes["fsdp"]),
-        ("--d-model", config.d_model, sizes["fsdp"]),
-        ("--heads", config.heads, tensor),
-        ("--seq", config.seq, tensor),
-        ("the SwiGLU's hidden size", config.mlp_dim, tensor * sizes["fsdp"]),
-    ):
-        if size % parts:
-            raise OptionError(f"--mesh: {what} ({size}) must be a multiple of {parts} for it")
     mesh = jax.make_mesh(
         tuple(sizes.values()),
         tuple(sizes),
         axis_types=(AxisType.Auto,) * len(sizes),
         devices=jax.devices()[:needed],
     )
-    return Layout(mesh, splits_kv_heads=config.kv_heads % tensor == 0)
+    return Layout(mesh, splits_kv_heads=config.kv_heads > 1)
+
+
+def _format(sizes: Mapping[str, int]) -> str:
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)

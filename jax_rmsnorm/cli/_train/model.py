@@ -2,45 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding
 
 from jax_rmsnorm import rms_norm_rope
 from jax_rmsnorm.nnx import RMSNorm
 
 from .config import VOCABULARY, Config
+from .layout import Layout
 
 AttentionImplementation = Literal["cudnn", "xla"]
 _ROTARY_BASE = 10_000.0
 _EPSILON = 1e-6
-
-
-class Shardings(NamedTuple):
-    """Of a model on a mesh: where XLA is told, and does not find out by itself, how activations are split.
-
-    Attributes:
-        stream: of the residual stream [batch, length, d_model] and what is added to it, between the blocks.
-        heads: of queries [batch, length, heads, head_dim].
-        kv_heads: of keys and values likewise.
-        hidden: within the SwiGLU, [batch, length, mlp_dim].
-    """
-
-    stream: NamedSharding
-    heads: NamedSharding
-    kv_heads: NamedSharding
-    hidden: NamedSharding
-
-
-def _constrain(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
-    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
-
-
-def _split(stream: jax.Array, shardings: Shardings | None) -> jax.Array:
-    return _constrain(stream, shardings and shardings.stream)
 
 
 def rotary_angles(length: int, head_dim: int) -> tuple[jax.Array, jax.Array]:
@@ -63,10 +39,16 @@ class Attention(nnx.Module):
     """Causal grouped-query attention with normalised queries and keys and rotary embedding."""
 
     def __init__(
-        self, config: Config, implementation: AttentionImplementation, *, rngs: nnx.Rngs
+        self,
+        config: Config,
+        implementation: AttentionImplementation,
+        layout: Layout,
+        *,
+        rngs: nnx.Rngs,
     ) -> None:
         self.head_dim = config.head_dim
         self.implementation: AttentionImplementation = implementation
+        self.layout = layout
         kv_width = config.kv_heads * config.head_dim
         self.query = _linear(config, config.d_model, config.heads * config.head_dim, rngs=rngs)
         self.key = _linear(config, config.d_model, kv_width, rngs=rngs)
@@ -75,43 +57,38 @@ class Attention(nnx.Module):
         self.key_norm = _norm(config, config.head_dim, rngs=rngs)
         self.out = _residual_linear(config, config.d_model, rngs=rngs)
 
-    def __call__(
-        self,
-        copies: tuple[jax.Array, ...],
-        cos: jax.Array,
-        sin: jax.Array,
-        shardings: Shardings | None,
-    ) -> jax.Array:
+    def __call__(self, copies: tuple[jax.Array, ...], cos: jax.Array, sin: jax.Array) -> jax.Array:
         """``copies`` are three of one input, so that the norm behind them gets three gradients: see `rms_norm`."""
         batch, length, d_model = copies[0].shape
         products = (self.query, self.key, self.value)
         query, key, value = (
-            product(x).reshape(batch, length, -1, self.head_dim)
+            product(self.layout.whole_sequences(x)).reshape(batch, length, -1, self.head_dim)
             for product, x in zip(products, copies, strict=True)
         )
-        if shardings is not None:
-            query = _constrain(query, shardings.heads)
-            key, value = (_constrain(x, shardings.kv_heads) for x in (key, value))
+        query = self.layout.by_feature(query)
+        key, value = map(self.layout.by_kv_head, (key, value))
         query = normalize_and_rotate(self.query_norm, query, cos, sin)
         key = normalize_and_rotate(self.key_norm, key, cos, sin)
         mixed = jax.nn.dot_product_attention(
             query, key, value, is_causal=True, implementation=self.implementation
         )
-        return self.out(mixed.reshape(batch, length, d_model))
+        mixed = self.layout.by_feature(mixed).reshape(batch, length, d_model)
+        return self.layout.by_position(self.out(mixed))
 
 
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) · up(x)), of two copies of one x."""
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: Config, layout: Layout, *, rngs: nnx.Rngs) -> None:
+        self.layout = layout
         self.gate = _linear(config, config.d_model, config.mlp_dim, rngs=rngs)
         self.up = _linear(config, config.d_model, config.mlp_dim, rngs=rngs)
         self.down = _residual_linear(config, config.mlp_dim, rngs=rngs)
 
-    def __call__(self, copies: tuple[jax.Array, ...], shardings: Shardings | None) -> jax.Array:
-        for_gate, for_up = copies
+    def __call__(self, copies: tuple[jax.Array, ...]) -> jax.Array:
+        for_gate, for_up = map(self.layout.whole_sequences, copies)
         hidden = nnx.silu(self.gate(for_gate)) * self.up(for_up)
-        return self.down(_constrain(hidden, shardings and shardings.hidden))
+        return self.layout.by_position(self.down(self.layout.by_feature(hidden)))
 
 
 class Block(nnx.Module):
@@ -122,56 +99,62 @@ class Block(nnx.Module):
     """
 
     def __init__(
-        self, config: Config, implementation: AttentionImplementation, *, rngs: nnx.Rngs
+        self,
+        config: Config,
+        implementation: AttentionImplementation,
+        layout: Layout,
+        *,
+        rngs: nnx.Rngs,
     ) -> None:
         self.attention_norm = _norm(config, config.d_model, rngs=rngs)
-        self.attention = Attention(config, implementation, rngs=rngs)
+        self.attention = Attention(config, implementation, layout, rngs=rngs)
         self.mlp_norm = _norm(config, config.d_model, rngs=rngs)
-        self.mlp = SwiGLU(config, rngs=rngs)
+        self.mlp = SwiGLU(config, layout, rngs=rngs)
 
     def __call__(
-        self,
-        stream: jax.Array | None,
-        addend: jax.Array,
-        cos: jax.Array,
-        sin: jax.Array,
-        shardings: Shardings | None,
+        self, stream: jax.Array | None, addend: jax.Array, cos: jax.Array, sin: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         if stream is None:
             copies, stream = self.attention_norm(addend, copies=3), addend
         else:
             copies, stream = self.attention_norm(addend, residual=stream, copies=3)
-        addend = _split(self.attention(copies, cos, sin, shardings), shardings)
+        addend = self.attention(copies, cos, sin)
         copies, stream = self.mlp_norm(addend, residual=stream, copies=2)
-        return _split(stream, shardings), _split(self.mlp(copies, shardings), shardings)
+        return stream, self.mlp(copies)
 
 
 class Decoder(nnx.Module):
     """Bytes [batch, length] to next-byte logits, float32 [batch, length, 256]."""
 
     def __init__(
-        self, config: Config, implementation: AttentionImplementation, *, rngs: nnx.Rngs
+        self,
+        config: Config,
+        implementation: AttentionImplementation,
+        layout: Layout,
+        *,
+        rngs: nnx.Rngs,
     ) -> None:
         self.head_dim = config.head_dim
+        self.layout = layout
         self.dtype = jnp.dtype(config.dtype)
         self.embedding = _linear(config, VOCABULARY, config.d_model, std=1.0, rngs=rngs)
         self.blocks = nnx.List(
-            [Block(config, implementation, rngs=rngs) for _ in range(config.layers)]
+            [Block(config, implementation, layout, rngs=rngs) for _ in range(config.layers)]
         )
         self.norm = _norm(config, config.d_model, rngs=rngs)
         self.head = _linear(config, config.d_model, VOCABULARY, std=0.02, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array, shardings: Shardings | None = None) -> jax.Array:
+    def __call__(self, tokens: jax.Array) -> jax.Array:
         # A product with one-hot rows: its gradient is a product too, where a lookup's is a scatter
         # with many duplicates, slow and on a GPU without a fixed order.
-        addend = self.embedding(jax.nn.one_hot(tokens, VOCABULARY, dtype=self.dtype))
-        addend, stream = _split(addend, shardings), None
+        rows = jax.nn.one_hot(tokens, VOCABULARY, dtype=self.dtype)
+        addend, stream = self.layout.by_position(self.embedding(rows)), None
         cos, sin = rotary_angles(tokens.shape[1], self.head_dim)
         for block in self.blocks:
-            stream, addend = block(stream, addend, cos, sin, shardings)
+            stream, addend = block(stream, addend, cos, sin)
         assert stream is not None, "a decoder has one block or more"
         x, _ = self.norm(addend, residual=stream)
-        return self.head(x).astype(jnp.float32)
+        return self.layout.by_position(self.head(x)).astype(jnp.float32)
 
 
 def _norm(config: Config, size: int, *, rngs: nnx.Rngs) -> RMSNorm:

@@ -23,14 +23,14 @@ class Plan:
         last: number of steps after which to stop, from the beginning of the first run.
         folder: where to write.
         resumed: the checkpoint to go on from, if any.
-        layout: of the arrays on a mesh of devices; None for one device.
+        layout: of the arrays on the devices.
     """
 
     config: Config
     last: int
     folder: Path
     resumed: checkpoint.Saved | None
-    layout: Layout | None
+    layout: Layout
 
 
 def make(
@@ -65,7 +65,7 @@ def make(
         resumed = checkpoint.read(Path(resume))
         settings = config.from_checkpoint(resumed.config, given)
     last = _last_step(0 if resumed is None else resumed.step, settings.steps, stop_at)
-    placed = None if sizes is None else layout.make(sizes, settings)
+    placed = Layout() if sizes is None else layout.make(sizes, settings)
     return Plan(settings, last, _folder(out, resume), resumed, placed)
 
 

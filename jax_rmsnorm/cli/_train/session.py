@@ -45,7 +45,7 @@ class _Session:
         self._corpus = Corpus.read(self._config)
         self._metrics: dict[str, Any] = {**backend.environment(self._config)}
         self._console.print("norms: {norms} on {device}".format_map(self._metrics))
-        if plan.layout is not None:
+        if plan.layout.mesh is not None:
             self._metrics["mesh"] = plan.layout.describe()
             self._console.print("mesh: {mesh}".format_map(self._metrics))
 

@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.typing import ArrayLike
 
 from .config import Config
 from .layout import Layout
-from .model import AttentionImplementation, Decoder, Shardings
+from .model import AttentionImplementation, Decoder
 
 Params = Any
 _CLIP_NORM = 1.0
@@ -31,22 +30,19 @@ class State(NamedTuple):
 
 
 class Trainer(NamedTuple):
-    """The model's definition, its optimiser and its place on a mesh, if any: what does not change from step to step."""
+    """The model's definition, its optimiser and its layout: what does not change from step to step."""
 
     graph: nnx.GraphDef[Decoder]
     optimizer: optax.GradientTransformation
-    layout: Layout | None
+    layout: Layout
 
-    def logits(
-        self, params: Params, tokens: jax.Array, shardings: Shardings | None = None
-    ) -> jax.Array:
-        return nnx.merge(self.graph, params)(tokens, shardings)
+    def logits(self, params: Params, tokens: jax.Array) -> jax.Array:
+        return nnx.merge(self.graph, params)(tokens)
 
     def loss(self, params: Params, windows: jax.Array) -> jax.Array:
         """Mean cross-entropy in nats of every byte of windows [batch, seq + 1] but the first."""
         tokens = windows.astype(jnp.int32)
-        shardings = None if self.layout is None else self.layout.activations
-        logits = self.logits(params, tokens[:, :-1], shardings)
+        logits = self.logits(params, tokens[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
     def step(self, state: State, windows: jax.Array) -> tuple[State, jax.Array]:
@@ -60,23 +56,22 @@ class Trainer(NamedTuple):
         self, state: State, config: Config
     ) -> Callable[[State, np.ndarray], tuple[State, jax.Array]]:
         """Compiles `step` ahead of its first call. The state that it is called with is donated."""
-        shape = config.batch, config.seq + 1
-        windows, shardings = jax.ShapeDtypeStruct(shape, jnp.uint8), None
-        if self.layout is not None:
-            windows = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=self.layout.windows)
-            shardings = self.layout.of(state), None
+        windows = jax.ShapeDtypeStruct((config.batch, config.seq + 1), jnp.uint8)
         options: dict[str, str | bool] | None = (
             {"xla_gpu_deterministic_ops": True} if config.deterministic else None
         )
-        step = jax.jit(self.step, donate_argnums=0, out_shardings=shardings)
+        step = jax.jit(
+            self.step,
+            donate_argnums=0,
+            in_shardings=(None, self.layout.windows),
+            out_shardings=(self.layout.shardings(state), None),
+        )
         return step.lower(state, windows).compile(options)
 
 
-def held_out_loss(trainer: Trainer, batches: Sequence[ArrayLike]) -> Callable[[Params], float]:
+def held_out_loss(trainer: Trainer, batches: Sequence[np.ndarray]) -> Callable[[Params], float]:
     """A function of the parameters: their loss on batches of windows, in bits per byte."""
-    loss = jax.jit(trainer.loss)
-    if trainer.layout is not None:
-        batches = [jax.device_put(windows, trainer.layout.windows) for windows in batches]
+    loss = jax.jit(trainer.loss, in_shardings=(None, trainer.layout.windows))
 
     def bits(params: Params) -> float:
         losses = jax.device_get([loss(params, windows) for windows in batches])
@@ -86,16 +81,14 @@ def held_out_loss(trainer: Trainer, batches: Sequence[ArrayLike]) -> Callable[[P
 
 
 def build(
-    config: Config, attention: AttentionImplementation, layout: Layout | None = None
+    config: Config, attention: AttentionImplementation, layout: Layout
 ) -> tuple[Trainer, State]:
-    """Initialises model and optimiser from ``config.seed``, the same on any mesh."""
-    graph, params = nnx.split(Decoder(config, attention, rngs=nnx.Rngs(config.seed)))
+    """Initialises model and optimiser from ``config.seed``, with the same values on any mesh."""
+    graph, params = nnx.split(Decoder(config, attention, layout, rngs=nnx.Rngs(config.seed)))
     params = nnx.to_pure_dict(params)
     optimizer = _optimizer(config)
     state = State(params, optimizer.init(params))
-    if layout is not None:
-        state = jax.device_put(state, layout.of(state))
-    return Trainer(graph, optimizer, layout), state
+    return Trainer(graph, optimizer, layout), jax.device_put(state, layout.shardings(state))
 
 
 def _optimizer(config: Config) -> optax.GradientTransformation:
