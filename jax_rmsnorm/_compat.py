@@ -21,6 +21,9 @@ from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax._src.sharding_impls import ShardingContext as ShardingContext
 from jax._src.sharding_impls import SPMDAxisContext as SPMDAxisContext
 
+# From XLA's shardings to names of mesh axes.
+from jax._src.sharding_impls import parse_flatten_op_sharding
+
 # Rules of custom primitives. `jax.interpreters` exports these modules for such use, without type stubs' promises.
 from jax.interpreters import batching as batching
 from jax.interpreters import mlir as mlir
@@ -72,6 +75,19 @@ def no_mesh() -> Any:
     in it would be lowered with the sharding that its type has in an explicit mesh, for which a shard has no place.
     """
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+
+
+def mesh_axes(x: Any, mesh: jax.sharding.Mesh) -> list[tuple[str, ...]]:
+    """The mesh axes that each dimension of an operand of custom_partitioning is sharded over, first to last sharded.
+
+    Undecoded, as custom_partitioning hands it over: its own decoding fails, and ends the compilation, where a part of a
+    mesh axis has come to a dimension, as by a reshape. None are named then.
+    """
+    try:
+        (spec,) = parse_flatten_op_sharding(x.sharding._to_xla_hlo_sharding(len(x.shape)), mesh)
+    except (ValueError, NotImplementedError):
+        return []
+    return [() if axes is None else (axes,) if isinstance(axes, str) else axes for axes in spec]
 
 
 class _Unpickled:

@@ -11,6 +11,7 @@ the means to do it, XLA splits plain JAX: `why_not_partitioned` says when.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import jax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ._compat import ShardingContext, SPMDAxisContext, is_shardy_used, no_mesh
+from ._compat import ShardingContext, SPMDAxisContext, is_shardy_used, mesh_axes, no_mesh
 
 HIDDEN = "h"
 """The dimension that is normalized. Dimensions of rows have names of their own: `row_dims`."""
@@ -107,7 +108,7 @@ def partitioned(
     """
 
     def partition(mesh: Mesh, operands: Sequence[Any], results: Sequence[Any]) -> Any:
-        axes = _axes(rule, operands[0])
+        axes = _axes(rule, operands[0], mesh)
 
         def run(*shards: jax.Array) -> list[jax.Array]:
             with no_mesh():  # types of shards have none
@@ -126,21 +127,18 @@ def partitioned(
     present = {name for dims in (*rule.operands, *rule.results) for name in dims}
     call.def_partition(
         partition,
+        decode_shardings=False,
         sharding_rule=rule.to_text(),
         need_replication_factors=tuple(sorted(rule.whole & present)),
     )
     return call
 
 
-def _axes(rule: Rule, x: Any) -> Axes:
+def _axes(rule: Rule, x: Any, mesh: Mesh) -> Axes:
     """What x is sharded over, as far as its dimensions may be and are so in equal parts."""
-    spec = x.sharding.spec if isinstance(x.sharding, NamedSharding) else ()
     by_name: dict[str, tuple[str, ...]] = {}
-    for name, size, entry in zip(rule.operands[0], x.shape, spec, strict=False):
-        axes = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-        parts = 1
-        for axis in axes:
-            parts *= x.sharding.mesh.shape[axis]
+    for name, size, axes in zip(rule.operands[0], x.shape, mesh_axes(x, mesh), strict=False):
+        parts = math.prod(mesh.shape[axis] for axis in axes)
         if axes and name not in rule.whole and size % parts == 0:
             by_name[name] = axes
     return Axes(by_name)

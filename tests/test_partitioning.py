@@ -210,6 +210,21 @@ def test_rows_in_unequal_parts():
     assert_gradients(dx, dgamma, want)
 
 
+def test_a_mesh_axis_split_by_a_reshape():
+    """Eight devices' features become two heads of four parts each, which no mesh axis names: gathered, and right."""
+    mesh = jax.make_mesh((8,), ("model",), (AxisType.Auto,))
+    gamma, dy = draw(10, (32,), BF16, offset=1.0), DY.reshape(8, 16, 2, 32)
+
+    def gradients(x, gamma, dy):
+        return norm_gradients(x.reshape(8, 16, 2, 32), gamma, dy)
+
+    operands = put(mesh, X, None, None, "model"), put(mesh, gamma), put(mesh, dy)
+    y, dx, dgamma = compile_on(mesh, gradients, *operands)(*operands)
+    want = oracle.rms_norm(X.reshape(8, 16, 2, 32), gamma, dy)
+    oracle.assert_close(y, want.y, what="y")
+    assert_gradients(dx, dgamma, want)
+
+
 @AXIS_TYPES
 def test_scan_and_remat(axis_type):
     """Layers in a scan, computed again in the backward."""
