@@ -28,9 +28,7 @@ CONFIG = dataclasses.replace(
 MESHES = pytest.mark.parametrize(
     ("mesh", "data", "fsdp", "tensor"),
     [
-        ("data=2", 2, 1, 1),
         ("fsdp=2", 1, 2, 1),
-        ("tensor=2", 1, 1, 2),
         ("data=2,tensor=2", 2, 1, 2),
     ],
 )
@@ -61,9 +59,8 @@ class Program(NamedTuple):
 
 @functools.cache
 def program(mesh: str | None) -> Program:
-    with jax.numpy_dtype_promotion(
-        "standard"
-    ):  # Optax mixes step counts with floating-point numbers
+    # Optax mixes step counts with floating-point numbers.
+    with jax.numpy_dtype_promotion("standard"):
         trainer, state = build(CONFIG, "xla", make(mesh, CONFIG) if mesh else Layout())
         return Program(trainer.compile_step(state, CONFIG), state)
 
