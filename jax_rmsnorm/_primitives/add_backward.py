@@ -17,7 +17,7 @@ from jax.extend.core import Primitive
 
 from .. import _ffi, _reference
 from .._options import Options
-from .._partitioning import Axes, Rule
+from .._partitioning import Rule
 from .backward import backward
 from .common import (
     backward_results,
@@ -27,10 +27,9 @@ from .common import (
     forward_dims,
     present,
     read_by_kernel,
-    sum_dgamma,
 )
 from .gradients import add_up, add_up_many, gradients_attributes, split_gradients
-from .lowering import backward_attributes, register, require_whole_rows, rows_are_aligned
+from .lowering import backward_attributes, register, rows_are_aligned
 
 add_backward_p = Primitive("rms_norm_add_backward")
 add_backward_p.multiple_results = True
@@ -64,37 +63,16 @@ def _reference_rule(
     *rest: jax.Array,
     options: Options,
     gradients: int,
+    shards: Sequence[str] = (),
 ) -> list[jax.Array]:
     dys, gamma = split_gradients(rest, gradients)
-    return present(*_reference.add_backward(h, gamma, rrms, dys, dh, options))
+    return present(*_reference.add_backward(h, gamma, rrms, dys, dh, options, shards))
 
 
 def _rule(h: Any, rrms: Any, dh: Any, *rest: Any, options: Options, gradients: int) -> Rule:
     h_dims, rows, gamma_dims = forward_dims(h, *rest[gradients:])
     gradients_dims = [h_dims] * (1 + gradients)
     return Rule([h_dims, rows, *gradients_dims, *gamma_dims], [h_dims, *gamma_dims])
-
-
-def _shard(
-    local: Any,
-    axes: Axes,
-    h: jax.Array,
-    rrms: jax.Array,
-    dh: jax.Array,
-    *rest: jax.Array,
-    options: Options,
-    gradients: int,
-) -> Sequence[jax.Array]:
-    dys, gamma = split_gradients(rest, gradients)
-
-    def run(gamma: jax.Array | None) -> Sequence[jax.Array]:
-        if not axes.hidden:
-            return local(h, rrms, dh, *dys, *present(gamma))
-        require_whole_rows(options, axes)
-        results = _reference.add_backward(h, gamma, rrms, dys, dh, options, shards=axes.hidden)
-        return present(*results)
-
-    return sum_dgamma(run, axes, gamma, h.ndim)
 
 
 def _scratch(h: Any, rrms: Any, dh: Any, *rest: Any, options: Options, gradients: int) -> list[Any]:
@@ -134,7 +112,6 @@ register(
     batch=functools.partial(batch_as_groups, add_backward_p),
     reference=_reference_rule,
     rule=_rule,
-    shard=_shard,
     target=_ffi.ADD_BACKWARD,
     target_attributes=_target_attributes,
     scratch=_scratch,

@@ -15,7 +15,7 @@ from jax.extend.core import Primitive
 from .. import _ffi, _reference
 from .._compat import result_type
 from .._options import Options
-from .._partitioning import Axes, Rule
+from .._partitioning import Rule
 from .common import (
     batch_gamma,
     batch_in_front,
@@ -26,7 +26,7 @@ from .common import (
     written_by_kernel,
 )
 from .forward import forward
-from .lowering import forward_attributes, register, require_whole_rows, rows_are_aligned
+from .lowering import forward_attributes, register, rows_are_aligned
 
 add_forward_p = Primitive("rms_norm_add_forward")
 add_forward_p.multiple_results = True
@@ -51,32 +51,21 @@ def _abstract_eval(
 
 
 def _reference_rule(
-    x: jax.Array, addend: jax.Array, *gamma: jax.Array, options: Options, save_rrms: bool
+    x: jax.Array,
+    addend: jax.Array,
+    *gamma: jax.Array,
+    options: Options,
+    save_rrms: bool,
+    shards: Sequence[str] = (),
 ) -> list[jax.Array]:
-    y, h, rrms = _reference.add_forward(x, addend, gamma[0] if gamma else None, options)
+    g = gamma[0] if gamma else None
+    y, h, rrms = _reference.add_forward(x, addend, g, options, shards=shards)
     return [y, h, rrms] if save_rrms else [y, h]
 
 
 def _rule(x: Any, addend: Any, *gamma: Any, options: Options, save_rrms: bool) -> Rule:
     x_dims, rows, gamma_dims = forward_dims(x, *gamma)
     return Rule([x_dims, x_dims, *gamma_dims], [x_dims, x_dims, *([rows] if save_rrms else [])])
-
-
-def _shard(
-    local: Any,
-    axes: Axes,
-    x: jax.Array,
-    addend: jax.Array,
-    *gamma: jax.Array,
-    options: Options,
-    save_rrms: bool,
-) -> Sequence[jax.Array]:
-    if not axes.hidden:
-        return local(x, addend, *gamma)
-    require_whole_rows(options, axes)
-    g = gamma[0] if gamma else None
-    y, h, rrms = _reference.add_forward(x, addend, g, options, shards=axes.hidden)
-    return [y, h, rrms] if save_rrms else [y, h]
 
 
 def _target_attributes(*_: Any, options: Options, save_rrms: bool) -> dict[str, Any]:
@@ -109,7 +98,6 @@ register(
     batch=_batch,
     reference=_reference_rule,
     rule=_rule,
-    shard=_shard,
     target=_ffi.ADD_FORWARD,
     target_attributes=_target_attributes,
     fuses=_fuses,

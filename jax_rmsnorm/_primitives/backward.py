@@ -14,7 +14,7 @@ from jax.extend.core import Primitive
 
 from .. import _ffi, _reference
 from .._options import Options
-from .._partitioning import Axes, Rule
+from .._partitioning import Rule
 from .common import (
     backward_results,
     backward_scratch,
@@ -23,10 +23,9 @@ from .common import (
     forward_dims,
     present,
     read_by_kernel,
-    sum_dgamma,
 )
 from .gradients import add_up, add_up_many, gradients_attributes, split_gradients
-from .lowering import backward_attributes, register, require_whole_rows, rows_are_aligned
+from .lowering import backward_attributes, register, rows_are_aligned
 
 backward_p = Primitive("rms_norm_backward")
 backward_p.multiple_results = True
@@ -51,36 +50,20 @@ def _abstract_eval(x: Any, rrms: Any, *rest: Any, options: Options, gradients: i
 
 
 def _reference_rule(
-    x: jax.Array, rrms: jax.Array, *rest: jax.Array, options: Options, gradients: int
-) -> list[jax.Array]:
-    dys, gamma = split_gradients(rest, gradients)
-    return present(*_reference.backward(x, gamma, rrms, dys, options))
-
-
-def _rule(x: Any, rrms: Any, *rest: Any, options: Options, gradients: int) -> Rule:
-    x_dims, rows, gamma_dims = forward_dims(x, *rest[gradients:])
-    return Rule([x_dims, rows, *[x_dims] * gradients, *gamma_dims], [x_dims, *gamma_dims])
-
-
-def _shard(
-    local: Any,
-    axes: Axes,
     x: jax.Array,
     rrms: jax.Array,
     *rest: jax.Array,
     options: Options,
     gradients: int,
-) -> Sequence[jax.Array]:
+    shards: Sequence[str] = (),
+) -> list[jax.Array]:
     dys, gamma = split_gradients(rest, gradients)
+    return present(*_reference.backward(x, gamma, rrms, dys, options, shards=shards))
 
-    def run(gamma: jax.Array | None) -> Sequence[jax.Array]:
-        if not axes.hidden:
-            return local(x, rrms, *dys, *present(gamma))
-        require_whole_rows(options, axes)
-        results = _reference.backward(x, gamma, rrms, dys, options, shards=axes.hidden)
-        return present(*results)
 
-    return sum_dgamma(run, axes, gamma, x.ndim)
+def _rule(x: Any, rrms: Any, *rest: Any, options: Options, gradients: int) -> Rule:
+    x_dims, rows, gamma_dims = forward_dims(x, *rest[gradients:])
+    return Rule([x_dims, rows, *[x_dims] * gradients, *gamma_dims], [x_dims, *gamma_dims])
 
 
 def _scratch(x: Any, rrms: Any, *rest: Any, options: Options, gradients: int) -> list[Any]:
@@ -108,7 +91,6 @@ register(
     batch=functools.partial(batch_as_groups, backward_p),
     reference=_reference_rule,
     rule=_rule,
-    shard=_shard,
     target=_ffi.BACKWARD,
     target_attributes=_target_attributes,
     scratch=_scratch,

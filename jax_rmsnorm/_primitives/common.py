@@ -97,24 +97,22 @@ def forward_dims(x: Any, *gamma: Any) -> tuple[Dims, Dims, list[Dims]]:
 
 
 def sum_dgamma(
-    backward: Callable[[jax.Array | None], Sequence[jax.Array]],
-    axes: Axes,
-    gamma: jax.Array | None,
-    ndim: int,
+    backward: Callable[..., Sequence[jax.Array]], axes: Axes, *operands: jax.Array, has_gamma: bool
 ) -> list[jax.Array]:
     """The backward of a device's shards: dx, and if there is a gamma dgamma, summed over all that have rows of it.
 
     Args:
-        backward: from gamma to dx and dgamma of these shards.
+        backward: from operands to dx and dgamma of these shards.
         axes: what they are sharded over.
-        gamma: the shard of gamma, or None.
-        ndim: of x.
+        operands: x first, and gamma last if there is one.
+        has_gamma: whether there is.
     """
-    if gamma is None:
-        return list(backward(None))
+    if not has_gamma:
+        return list(backward(*operands))
+    x, *_, gamma = operands
     # In float32, and rounded once: dgamma has gamma's dtype.
-    dx, dgamma = backward(gamma.astype(jnp.float32))
-    groups = row_dims(ndim)[: gamma.ndim - 1]
+    dx, dgamma = backward(*operands[:-1], gamma.astype(jnp.float32))
+    groups = row_dims(x.ndim)[: gamma.ndim - 1]
     if over := axes.of_rows_without(groups):
         dgamma = lax.psum(dgamma, over)
     return [dx, dgamma.astype(gamma.dtype)]

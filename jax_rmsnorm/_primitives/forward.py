@@ -13,7 +13,7 @@ from jax.extend.core import Primitive
 
 from .. import _ffi, _reference
 from .._options import Options
-from .._partitioning import Axes, Rule
+from .._partitioning import Rule
 from .common import (
     batch_gamma,
     batch_in_front,
@@ -23,7 +23,7 @@ from .common import (
     read_by_kernel,
     written_by_kernel,
 )
-from .lowering import forward_attributes, register, require_whole_rows
+from .lowering import forward_attributes, register
 
 forward_p = Primitive("rms_norm_forward")
 forward_p.multiple_results = True
@@ -48,26 +48,19 @@ def _abstract_eval(x: Any, *gamma: Any, options: Options, save_rrms: bool) -> li
 
 
 def _reference_rule(
-    x: jax.Array, *gamma: jax.Array, options: Options, save_rrms: bool
+    x: jax.Array,
+    *gamma: jax.Array,
+    options: Options,
+    save_rrms: bool,
+    shards: Sequence[str] = (),
 ) -> list[jax.Array]:
-    y, rrms = _reference.forward(x, gamma[0] if gamma else None, options)
+    y, rrms = _reference.forward(x, gamma[0] if gamma else None, options, shards=shards)
     return [y, rrms] if save_rrms else [y]
 
 
 def _rule(x: Any, *gamma: Any, options: Options, save_rrms: bool) -> Rule:
     x_dims, rows, gamma_dims = forward_dims(x, *gamma)
     return Rule([x_dims, *gamma_dims], [x_dims, rows] if save_rrms else [x_dims])
-
-
-def _shard(
-    local: Any, axes: Axes, x: jax.Array, *gamma: jax.Array, options: Options, save_rrms: bool
-) -> Sequence[jax.Array]:
-    if not axes.hidden:
-        return local(x, *gamma)
-    require_whole_rows(options, axes)
-    g = gamma[0] if gamma else None
-    y, rrms = _reference.forward(x, g, options, shards=axes.hidden)
-    return [y, rrms] if save_rrms else [y]
 
 
 def _target_attributes(*_: Any, options: Options, save_rrms: bool) -> dict[str, Any]:
@@ -88,7 +81,6 @@ register(
     batch=_batch,
     reference=_reference_rule,
     rule=_rule,
-    shard=_shard,
     target=_ffi.FORWARD,
     target_attributes=_target_attributes,
 )

@@ -15,6 +15,7 @@ from .. import _ffi
 from .._compat import apply_primitive, batching, is_static_dim, mlir, requires_devices, serializable
 from .._options import Options
 from .._partitioning import Axes, Rule, is_on_one_device, partitioned, why_not_partitioned
+from .common import sum_dgamma
 
 # XLA checks the types of attributes strictly, hence the NumPy scalars.
 
@@ -43,7 +44,6 @@ def register(
     batch: Callable[..., Any],
     reference: Callable[..., Sequence[jax.Array]],
     rule: Callable[..., Rule],
-    shard: Callable[..., Sequence[jax.Array]],
     target: str,
     target_attributes: Callable[..., dict[str, Any]],
     scratch: Callable[..., Sequence[Any]] | None = None,
@@ -59,13 +59,12 @@ def register(
         primitive: takes a parameter ``options``.
         abstract_eval: from the operands' types to the results'.
         batch: JAX's batching rule.
-        reference: same operands, parameters and results as the primitive.
+        reference: same operands, parameters and results as the primitive; unless the rule keeps rows whole, it takes
+            ``shards`` too, the mesh axes that the last axis is sharded over.
         rule: from the operands and parameters to the `Rule` by which the operation is split.
-        shard: from what one device does, as a function of operands, then `Axes`, the operands' shards and parameters,
-            to the results' shards.
         target: name of the XLA FFI target.
         target_attributes: from the operands' types and the primitive's parameters to the custom call's attributes.
-        scratch: from the same to the types of the custom call's further results; None if it has none.
+        scratch: of a backward, from the same to the types of the custom call's further results; None for a forward.
         fuses: from the same, whether the CUDA kernel takes such operands; None if it takes all.
         unfused: in place of the CUDA kernel where it does not: as ``reference``, but with simpler kernels in it.
     """
@@ -78,21 +77,28 @@ def register(
 
     def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
         local = functools.partial(call, **params)
+        plain = functools.partial(reference, **params)
+
+        def shard(axes: Axes, *shards: jax.Array) -> Sequence[jax.Array]:
+            run = local
+            if axes.hidden:
+                _require_whole_rows(params["options"], axes)
+                run = functools.partial(plain, shards=axes.hidden)
+            if scratch is None:
+                return run(*shards)
+            return sum_dgamma(run, axes, *shards, has_gamma=len(ctx.avals_out) > 1)
+
         if is_on_one_device(ctx):
             run = local
         elif (why := why_not_partitioned(ctx)) is None:
-            run = partitioned(
-                rule(*ctx.avals_in, **params),
-                local,
-                lambda axes, *shards: shard(local, axes, *shards, **params),
-            )
+            run = partitioned(rule(*ctx.avals_in, **params), local, shard)
         else:
             if params["options"].require_kernel:
                 raise NotImplementedError(
                     f"implementation='kernel' on several devices: {why}. Use implementation=None to fall back to "
                     "plain JAX there, or call it inside jax.shard_map over all axes of the mesh."
                 )
-            run = functools.partial(reference, **params)
+            run = plain
         with serializable(ctx):
             return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
 
@@ -160,7 +166,7 @@ def _kernel_call(
     return call
 
 
-def require_whole_rows(options: Options, axes: Axes) -> None:
+def _require_whole_rows(options: Options, axes: Axes) -> None:
     """Raises if a kernel is asked for where each device has parts of rows."""
     if options.require_kernel:
         raise NotImplementedError(

@@ -5,7 +5,6 @@ Shapes as for rms_norm_rope_forward; dgamma has gamma's. The mathematics is `_re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ from jax.extend.core import Primitive
 
 from .. import _ffi, _reference
 from .._options import Options
-from .._partitioning import HIDDEN, Axes, Rule
+from .._partitioning import HIDDEN, Rule
 from .backward import backward
 from .common import (
     backward_results,
@@ -25,7 +24,6 @@ from .common import (
     forward_dims,
     present,
     read_by_kernel,
-    sum_dgamma,
 )
 from .lowering import backward_attributes, register
 from .rope_common import TABLE, batch_tables, fuses_rope, rope_attributes, table_dims
@@ -80,23 +78,6 @@ def _rule(x: Any, rrms: Any, dy: Any, cos: Any, sin: Any, *gamma: Any, options: 
     return Rule(operands, [x_dims, *gamma_dims], whole=frozenset({HIDDEN, TABLE}))
 
 
-def _shard(
-    local: Any,
-    axes: Axes,
-    x: jax.Array,
-    rrms: jax.Array,
-    dy: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    *gamma: jax.Array,
-    options: Options,
-) -> Sequence[jax.Array]:
-    def run(gamma: jax.Array | None) -> Sequence[jax.Array]:
-        return local(x, rrms, dy, cos, sin, *present(gamma))
-
-    return sum_dgamma(run, axes, gamma[0] if gamma else None, x.ndim)
-
-
 def _scratch(
     x: Any, rrms: Any, dy: Any, cos: Any, sin: Any, *gamma: Any, options: Options
 ) -> list[Any]:
@@ -140,7 +121,6 @@ register(
     batch=_batch,
     reference=_reference_rule,
     rule=_rule,
-    shard=_shard,
     target=_ffi.ROPE_BACKWARD,
     target_attributes=_target_attributes,
     scratch=_scratch,

@@ -7,7 +7,6 @@ What x has in front of P shares them, and so do the N heads. The mathematics is 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from jax.extend.core import Primitive
 
 from .. import _ffi, _reference
 from .._options import Options
-from .._partitioning import HIDDEN, Axes, Rule
+from .._partitioning import HIDDEN, Rule
 from .common import (
     batch_gamma,
     batch_in_front,
@@ -77,12 +76,6 @@ def _rule(x: Any, cos: Any, sin: Any, *gamma: Any, options: Options, save_rrms: 
     return Rule([x_dims, *tables, *gamma_dims], results, whole=frozenset({HIDDEN, TABLE}))
 
 
-def _shard(
-    local: Any, axes: Axes, *operands: jax.Array, options: Options, save_rrms: bool
-) -> Sequence[jax.Array]:
-    return local(*operands)
-
-
 def _target_attributes(x: Any, *_: Any, options: Options, save_rrms: bool) -> dict[str, Any]:
     return {
         **forward_attributes(options, save_rrms=save_rrms),
@@ -123,7 +116,6 @@ register(
     batch=_batch,
     reference=_reference_rule,
     rule=_rule,
-    shard=_shard,
     target=_ffi.ROPE_FORWARD,
     target_attributes=_target_attributes,
     fuses=_fuses,
