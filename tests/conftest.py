@@ -2,15 +2,25 @@
 
 import importlib.metadata
 import os
+import tempfile
 
-# Most of the tests' time is XLA's, compiling the plain JAX that the kernels are compared with.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-).strip()
+# Most of the tests' time is XLA's, compiling the plain JAX that the kernels are compared with: quickly, then, and what
+# two of pytest's processes or their children compile alike only once.
+FLAGS = [
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     # Later jaxlibs do not know this flag, and one that they do not know ends the process.
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the process that pytest starts in; the others inherit it
+    CACHE = tempfile.TemporaryDirectory(prefix="jax-cache-", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 # Tests start Python in the checkout, whose own jax_rmsnorm folder must not hide the installed package.
 os.environ["PYTHONSAFEPATH"] = "1"
