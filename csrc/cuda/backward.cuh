@@ -74,11 +74,10 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
     }
   };
 
+  const auto column_of = [&](int k) { return ((k * place.blocks + place.rank) * threads + thread) * kSize; };
   int column[kPackets];
 #pragma unroll
-  for (int k = 0; k < kPackets; ++k) {
-    column[k] = ((k * place.blocks + place.rank) * threads + thread) * kSize;
-  }
+  for (int k = 0; k < kPackets; ++k) column[k] = column_of(k);
   // Where the row that begins at element `start` lies in its packets.
   const auto shift_of = [](int64_t start) { return kAligned ? 0 : static_cast<int>(start & (kSize - 1)); };
 
@@ -124,20 +123,21 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
     float next_rrms = turns.own > 0 ? *rrms_of : 0.0f;
 
     const int64_t gamma_start = turns.group * hidden;
+    if constexpr (!kAligned) {
+      if (slot == 0) table.Fill(args, gamma_start, column_of);
+      __syncthreads();
+    }
     float gamma[kPackets][kSize], dgamma[kPackets][kSize];
 #pragma unroll
     for (int k = 0; k < kPackets; ++k) {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) gamma[k][i] = dgamma[k][i] = 0.0f;
-      if (column[k] < hidden) LoadGamma<kAligned>(args, gamma_start, column[k], gamma[k]);
       if constexpr (!kAligned) {
-        ZeroBeyond(hidden, column[k], gamma[k]);
-        float before[kSize] = {};
-        if (column[k] > 0) LoadGamma<false>(args, gamma_start, column[k] - kSize, before);
-        if (slot == 0) table.Fill(k, before, gamma[k]);
+        table.Read(k, 0, gamma[k]);
+      } else if (column[k] < hidden) {
+        LoadGamma(args, gamma_start, column[k], gamma[k]);
       }
     }
-    if constexpr (!kAligned) __syncthreads();
 
     float rrms = 0.0f;
     // The ring's places of the rows of this turn and of the last one, and of the row to be copied.
@@ -163,10 +163,11 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
             x_ring.Read(from + k).Get(x);
             read_dy(from + k, dy);
           } else {
-            WithShift<kSize, kScope != Scope::kLanes>(shift_of(start), [&](int shift) {
-              Join(x_ring.Read(from + k), x_ring.ReadNext(from + k), shift).Get(x);
-              Join(dy_ring.Read(from + k), dy_ring.ReadNext(from + k), shift).Get(dy);
-            });
+            WithShift<4, 4 / static_cast<int>(sizeof(T)), kScope != Scope::kLanes>(
+                shift_of(start), [&](int shift) {
+                  Join(x_ring.Read(from + k), x_ring.ReadNext(from + k), shift).Get(x);
+                  Join(dy_ring.Read(from + k), dy_ring.ReadNext(from + k), shift).Get(dy);
+                });
             ZeroBeyond(hidden, column[k], x);
             ZeroBeyond(hidden, column[k], dy);
           }
@@ -244,12 +245,16 @@ auto FindBackwardUnaligned(Scope scope) -> void (*)(BackwardParams) {
   }
 }
 
-template <typename T, typename D, int kSize>
-auto FindBackwardFew(const LaunchConfig& config) -> void (*)(BackwardParams) {
-  if (config.scope == Scope::kBlock) return BackwardFewKernel<T, D, kSize, 2, Scope::kBlock>;
-  return config.packets == 1   ? BackwardFewKernel<T, D, kSize, 1, Scope::kLanes>
-         : config.packets == 2 ? BackwardFewKernel<T, D, kSize, 2, Scope::kLanes>
-                               : BackwardFewKernel<T, D, kSize, 3, Scope::kLanes>;
+template <typename T, typename D, int kSize, int kPackets, bool kAligned>
+auto FindBackwardFew(Scope scope) -> void (*)(BackwardParams) {
+  switch (scope) {
+    case Scope::kLanes:
+      return BackwardFewKernel<T, D, kSize, kPackets, Scope::kLanes, kAligned>;
+    case Scope::kBlock:
+      return BackwardFewKernel<T, D, kSize, kPackets, Scope::kBlock, kAligned>;
+    default:
+      return BackwardFewKernel<T, D, kSize, kPackets, Scope::kCluster, kAligned>;
+  }
 }
 
 // The kernel that `config` asks for; the packet counts are those that ConfigureBackward hands out.
@@ -261,13 +266,23 @@ auto FindBackward(const LaunchConfig& config, const BackwardArgs& args) -> void 
   }
   if (FusionOf(args) == Fusion::kRotary)
     return FindBackwardRotary<T, D, kSize>(config, args.rotary.interleaved);
-  if (config.method == Method::kFew) return FindBackwardFew<T, D, kSize>(config);
+  const bool few = config.method == Method::kFew;
   if (!config.aligned) {
     if constexpr (std::is_same_v<T, D>) {
-      return config.width < kSize ? FindBackwardUnaligned<T, kSize / 2, 4, true>(config.scope)
-                                  : FindBackwardUnaligned<T, kSize, 2, false>(config.scope);
+      if (config.width < kSize) {
+        return few ? FindBackwardFew<T, T, kSize / 2, 4, true>(config.scope)
+                   : FindBackwardUnaligned<T, kSize / 2, 4, true>(config.scope);
+      }
+      return few ? FindBackwardFew<T, T, kSize, 2, false>(config.scope)
+                 : FindBackwardUnaligned<T, kSize, 2, false>(config.scope);
     }
     return nullptr;
+  }
+  if (few) {
+    return config.packets == 1             ? BackwardFewKernel<T, D, kSize, 1, Scope::kLanes, true>
+           : config.packets == 2           ? FindBackwardFew<T, D, kSize, 2, true>(config.scope)
+           : config.scope == Scope::kLanes ? BackwardFewKernel<T, D, kSize, 3, Scope::kLanes, true>
+                                           : BackwardFewKernel<T, D, kSize, 3, Scope::kCluster, true>;
   }
   return FusionOf(args) == Fusion::kAdd ? FindBackwardAligned<T, D, kSize, Fusion::kAdd>(config)
                                         : FindBackwardAligned<T, D, kSize, Fusion::kNone>(config);
@@ -280,6 +295,7 @@ cudaError_t LaunchBackwardAs(const BackwardArgs& args, const LaunchConfig& confi
                               config.threads_per_row,
                               config.blocks_per_group,
                               config.tiles,
+                              config.tile_packets,
                               RotaryPlaces(args.rotary)};
   return LaunchKernel(FindBackward<T, D>(config, args), params, config, stream);
 }

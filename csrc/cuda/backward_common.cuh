@@ -17,10 +17,13 @@ struct BackwardParams {
   int threads_per_row;
   int64_t blocks_per_group;
   int64_t tiles;        // of dgamma, in a group, where BackwardFewKernel works
+  int tile_packets;     // columns of such a tile, in packets: a power of two
   RotaryPlaces places;  // of BackwardRotaryKernel
 };
 
-// A thread's part of the sum over a row of dy * gamma * x, and dgamma += dy * x * rrms.
+// A thread's part of the sum over a row of dy * gamma * x, and dgamma += dy * x * rrms. Here and below each
+// operation is spelt out: which products the compiler would fuse with a sum differs from kernel to kernel,
+// and a row has the same bits in all.
 template <typename T, int kSize>
 __device__ __forceinline__ float Accumulate(const float (&x)[kSize], const float (&dy)[kSize],
                                             const float (&gamma)[kSize], float rrms, bool round_before_gamma,
@@ -29,15 +32,15 @@ __device__ __forceinline__ float Accumulate(const float (&x)[kSize], const float
   if (round_before_gamma) {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      sums[i % 2] += dy[i] * x[i] * gamma[i];
-      dgamma[i] += dy[i] * ToFloat(FromFloat<T>(x[i] * rrms));
+      sums[i % 2] = __fmaf_rn(__fmul_rn(dy[i], x[i]), gamma[i], sums[i % 2]);
+      dgamma[i] = __fmaf_rn(dy[i], ToFloat(FromFloat<T>(__fmul_rn(x[i], rrms))), dgamma[i]);
     }
   } else {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      const float product = dy[i] * x[i];
-      sums[i % 2] += product * gamma[i];
-      dgamma[i] += product * rrms;
+      const float product = __fmul_rn(dy[i], x[i]);
+      sums[i % 2] = __fmaf_rn(product, gamma[i], sums[i % 2]);
+      dgamma[i] = __fmaf_rn(product, rrms, dgamma[i]);
     }
   }
   return sums[0] + sums[1];
@@ -52,7 +55,9 @@ __device__ __forceinline__ void Differentiate(const float (&x)[kSize], const flo
                                               const float (&gamma)[kSize], float rrms, float slope,
                                               float (&dx)[kSize]) {
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) dx[i] = dy[i] * rrms * gamma[i] + x[i] * slope;
+  for (int i = 0; i < kSize; ++i) {
+    dx[i] = __fmaf_rn(__fmul_rn(dy[i], rrms), gamma[i], __fmul_rn(x[i], slope));
+  }
 }
 
 template <typename T, int kSize>

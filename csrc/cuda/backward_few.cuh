@@ -7,41 +7,86 @@
 
 namespace jax_rmsnorm {
 
+// The row of this thread, of the block (or cluster) that is number `block` of those that compute dx: one for
+// every threads_per_row threads.
+template <Scope kScope>
+class FewRow {
+  static constexpr bool kCluster = kScope == Scope::kCluster;
+
+ public:
+  __device__ FewRow(const BackwardParams& params, int64_t block)
+      : threads_(params.threads_per_row), sum_(MakeSum(params.threads_per_row)) {
+    const int slots = kScope == Scope::kLanes ? static_cast<int>(blockDim.x) / threads_ : 1;
+    const int slot = kScope == Scope::kLanes ? static_cast<int>(threadIdx.x) / threads_ : 0;
+    thread_ = static_cast<int>(threadIdx.x) - slot * threads_;
+    index = block * slots + slot;
+    const Shape& shape = params.args.shape;
+    group = shape.groups == 1 ? 0 : index / shape.rows;
+    live = index < shape.groups * shape.rows;
+  }
+
+  // The first column of the thread's packet k, as in BackwardKernel.
+  template <int kSize>
+  __device__ __forceinline__ int Column(int k) const {
+    return ((k * place_.blocks + place_.rank) * threads_ + thread_) * kSize;
+  }
+
+  // Over the row, with the bits of BackwardKernel.
+  __device__ __forceinline__ float Sum(float value) {
+    if constexpr (kCluster) {
+      sum_.Post(0, value);
+      return sum_.Wait(0);
+    } else {
+      return sum_(value);
+    }
+  }
+
+  int64_t index, group;  // the row's, counted through all groups, and its group's
+  bool live;             // the others take part in the sums only
+
+ private:
+  static __device__ auto MakeSum(int threads) {
+    if constexpr (kCluster) {
+      __shared__ typename SplitRowSum<kScope>::Shared memory;
+      return SplitRowSum<kScope>(memory, threads, 0, threadIdx.x);
+    } else {
+      return RowSum<kScope>(threads);
+    }
+  }
+
+  int threads_, thread_;
+  ClusterPlace<kScope> place_;
+  std::conditional_t<kCluster, SplitRowSum<kScope>, RowSum<kScope>> sum_;
+};
+
 // kMore, here and below: there is more than one gradient of y.
 
-// dx of the rows of one block: a row for every threads_per_row threads, with the bits of BackwardKernel.
+// dx of the rows of one block (or cluster).
 template <typename T, typename D, int kSize, int kPackets, Scope kScope, bool kMore>
 __device__ __forceinline__ void DifferentiateRows(const BackwardParams& params, int64_t block) {
   const BackwardArgs& args = params.args;
   const int hidden = static_cast<int>(args.shape.hidden);
-  const int threads = params.threads_per_row;
-  const int slots = kScope == Scope::kLanes ? static_cast<int>(blockDim.x) / threads : 1;
-  const int slot = kScope == Scope::kLanes ? static_cast<int>(threadIdx.x) / threads : 0;
-  const int thread = static_cast<int>(threadIdx.x) - slot * threads;
-  const int64_t row = block * slots + slot;
-  const int64_t group = args.shape.groups == 1 ? 0 : row / args.shape.rows;
-  const bool live = row < args.shape.groups * args.shape.rows;
-  RowSum<kScope> row_sum(threads);
+  FewRow<kScope> row(params, block);
 
   Packet<T, kSize> x[kPackets];
   Packet<D, kSize> dy[kPackets];
   Packet<T, kSize> dh[kPackets];
-  const auto column = [&](int k) { return (k * threads + thread) * kSize; };
-  const auto inside = [&](int k) { return live && column(k) < hidden; };
-  const int64_t start = row * hidden;
+  const auto column = [&](int k) { return row.template Column<kSize>(k); };
+  const auto inside = [&](int k) { return row.live && column(k) < hidden; };
+  const int64_t start = row.index * hidden;
 #pragma unroll
   for (int k = 0; k < kPackets; ++k) {
     x[k].Load(static_cast<const T*>(args.x) + start + column(k), inside(k));
     dy[k].Load(static_cast<const D*>(args.dy[0]) + start + column(k), inside(k));
     dh[k].Load(static_cast<const T*>(args.dh) + start + column(k), inside(k) && args.dh != nullptr);
   }
-  const float rrms = live ? args.rrms[row] : 0.0f;
+  const float rrms = row.live ? args.rrms[row.index] : 0.0f;
   float gamma[kPackets][kSize];
   float sum = 0.0f;
   WithType(args.gamma_dtype, [&](auto tag) {
 #pragma unroll
     for (int k = 0; k < kPackets; ++k) {
-      LoadGammaAs<decltype(tag), true>(args, group * hidden, column(k), gamma[k], inside(k));
+      LoadGammaAs<decltype(tag), true>(args, row.group * hidden, column(k), gamma[k], inside(k));
     }
   });
 #pragma unroll
@@ -52,7 +97,7 @@ __device__ __forceinline__ void DifferentiateRows(const BackwardParams& params, 
     if constexpr (kMore) AddGradients<D>(args, start + column(k), inside(k), dys);
     sum += Accumulate<T>(xs, dys, gamma[k], rrms, false, unused);
   }
-  const float mean = row_sum(sum) * params.inverse_hidden;
+  const float mean = row.Sum(sum) * params.inverse_hidden;
   const float slope = Slope(rrms, mean);
 #pragma unroll
   for (int k = 0; k < kPackets; ++k) {
@@ -68,75 +113,156 @@ __device__ __forceinline__ void DifferentiateRows(const BackwardParams& params, 
   }
 }
 
-// dgamma at the columns of one tile: eight lanes side by side, and all rows of the group dealt out to the
-// block's runs of eight.
-template <typename T, typename D, int kSize, bool kMore>
-__device__ __forceinline__ void SumTile(const BackwardParams& params, int64_t group, int tile) {
-  __shared__ float sums[kMaxThreads / 32][kTilePackets * kSize];
+// The same of rows that do not begin at multiples of 16 bytes, as ForwardWindowsKernel reads and writes them.
+template <typename T, int kSize, int kPackets, Scope kScope>
+__device__ __forceinline__ void DifferentiateWindows(const BackwardParams& params, int64_t block) {
   const BackwardArgs& args = params.args;
   const int hidden = static_cast<int>(args.shape.hidden);
-  const int packet = static_cast<int>(threadIdx.x) % kTilePackets;
-  const int column = (tile * kTilePackets + packet) * kSize;
+  const int64_t total = args.shape.groups * args.shape.rows * hidden;
+  FewRow<kScope> row(params, block);
+
+  const auto at = [&](int k) { return row.template Column<kSize>(k); };
+  const int64_t start = row.index * hidden;
+  const int shift = static_cast<int>(start & (kSize - 1));
+  const int stop = row.live ? shift + hidden : 0;
+  Packet<T, kSize> x[kPackets], next_x[kPackets], dy[kPackets], next_dy[kPackets];
+  LoadPairs(static_cast<const T*>(args.x), total, start - shift, stop, at, x, next_x);
+  LoadPairs(static_cast<const T*>(args.dy[0]), total, start - shift, stop, at, dy, next_dy);
+  const float rrms = row.live ? args.rrms[row.index] : 0.0f;
+  float gamma[kPackets][kSize];
+  const auto load_gamma = [&](int64_t first) {
+    WithType(args.gamma_dtype, [&](auto tag) {
+      Packet<decltype(tag), kSize> packets[kPackets];
+      LoadGammaPackets(args, first, stop, at, packets);
+#pragma unroll
+      for (int k = 0; k < kPackets; ++k) {
+        GetGamma(packets[k], args.gamma != nullptr, args.arithmetic.zero_centered_gamma, gamma[k]);
+      }
+    });
+  };
+  load_gamma(row.group * hidden);
+  float sum = 0.0f;
+#pragma unroll
+  for (int k = 0; k < kPackets; ++k) {
+    float xs[kSize], dys[kSize], unused[kSize] = {};
+    Join(x[k], next_x[k], shift).Get(xs);
+    Join(dy[k], next_dy[k], shift).Get(dys);
+    ZeroBeyond(hidden, at(k), xs);
+    ZeroBeyond(hidden, at(k), dys);
+    ZeroBeyond(hidden, at(k), gamma[k]);
+    sum += Accumulate<T>(xs, dys, gamma[k], rrms, false, unused);
+  }
+  load_gamma(row.group * hidden - shift);  // at the columns of the windows
+  const float mean = row.Sum(sum) * params.inverse_hidden;
+  if (!row.live) return;
+  const float slope = Slope(rrms, mean);
+#pragma unroll
+  for (int k = 0; k < kPackets; ++k) {
+    float xs[kSize], dys[kSize], dx[kSize];
+    x[k].Get(xs);
+    dy[k].Get(dys);
+    Differentiate(xs, dys, gamma[k], rrms, slope, dx);
+    const int column = at(k) - shift;
+    StoreWithinRow(static_cast<T*>(args.dx) + start + column, hidden, column, dx);
+  }
+}
+
+// dgamma at the columns of one tile: tile_packets lanes side by side, and all rows of the group dealt out to
+// the block's runs of so many lanes.
+template <typename T, typename D, int kSize, bool kAligned, bool kMore>
+__device__ __forceinline__ void SumTile(const BackwardParams& params, int64_t group, int tile,
+                                        float (&sums)[kMaxWarps][kMostTilePackets * kSize]) {
+  const BackwardArgs& args = params.args;
+  const int hidden = static_cast<int>(args.shape.hidden);
+  const int packets = params.tile_packets;
+  const int packet = static_cast<int>(threadIdx.x) & (packets - 1);
+  const int column = (tile * packets + packet) * kSize;
   const int warps = static_cast<int>(blockDim.x) / 32;
+  [[maybe_unused]] const int64_t elements = args.shape.groups * args.shape.rows * hidden;
 
   float dgamma[kSize] = {};
   if (column < hidden) {
     const int64_t end = (group + 1) * args.shape.rows;
-    const int step = static_cast<int>(blockDim.x) / kTilePackets;
+    const int step = static_cast<int>(blockDim.x) / packets;
 #pragma unroll 4
-    for (int64_t row = group * args.shape.rows + threadIdx.x / kTilePackets; row < end; row += step) {
+    for (int64_t row = group * args.shape.rows + threadIdx.x / packets; row < end; row += step) {
       Packet<T, kSize> x;
       Packet<D, kSize> dy;
-      x.Load(static_cast<const T*>(args.x) + row * hidden + column);
-      dy.Load(static_cast<const D*>(args.dy[0]) + row * hidden + column);
+      const int64_t start = row * hidden + column;
+      if constexpr (kAligned) {
+        x.Load(static_cast<const T*>(args.x) + start);
+        dy.Load(static_cast<const D*>(args.dy[0]) + start);
+      } else {
+        x = LoadJoined<kSize>(static_cast<const T*>(args.x), elements, start);
+        dy = LoadJoined<kSize>(static_cast<const D*>(args.dy[0]), elements, start);
+      }
       const float rrms = args.rrms[row];
       float xs[kSize], dys[kSize], ones[kSize];
       x.Get(xs);
       dy.Get(dys);
-      if constexpr (kMore) AddGradients<D>(args, row * hidden + column, true, dys);
+      if constexpr (kMore) AddGradients<D>(args, start, true, dys);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) ones[i] = 1.0f;
       Accumulate<T>(xs, dys, ones, rrms, args.arithmetic.round_before_gamma, dgamma);
     }
   }
+  for (int offset = packets; offset < 32; offset *= 2) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) dgamma[i] += __shfl_xor_sync(kFullMask, dgamma[i], offset);
+  }
 #pragma unroll
   for (int i = 0; i < kSize; ++i) {
-#pragma unroll
-    for (int offset = kTilePackets; offset < 32; offset *= 2) {
-      dgamma[i] += __shfl_xor_sync(kFullMask, dgamma[i], offset);
-    }
-    if (threadIdx.x % 32 < kTilePackets) sums[threadIdx.x / 32][packet * kSize + i] = dgamma[i];
+    if (threadIdx.x % 32 < packets) sums[threadIdx.x / 32][packet * kSize + i] = dgamma[i];
   }
   __syncthreads();
-  const int at = tile * kTilePackets * kSize + static_cast<int>(threadIdx.x);
-  if (threadIdx.x >= kTilePackets * kSize || at >= hidden) return;
-  float total[1] = {0.0f};
-  for (int warp = 0; warp < warps; ++warp) total[0] += sums[warp][threadIdx.x];
-  StoreAs<float>(args.gamma_dtype, args.dgamma, group * hidden + at, total);
+  const int first = tile * packets * kSize;
+  const int columns = min(packets * kSize, hidden - first);
+  for (int i = threadIdx.x; i < columns; i += blockDim.x) {
+    float total[1] = {0.0f};
+    for (int warp = 0; warp < warps; ++warp) total[0] += sums[warp][i];
+    StoreAs<float>(args.gamma_dtype, args.dgamma, group * hidden + first + i, total);
+  }
 }
 
-// Grid: the tiles of dgamma, group by group, then blocks of rows for dx. Preconditions: all rows are aligned
-// to 16 bytes; the row fits, hidden <= kSize * kPackets * threads_per_row; a block has kTilePackets * kSize
-// threads or more.
-template <typename T, typename D, int kSize, int kPackets, Scope kScope>
-__global__ __launch_bounds__(kScope == Scope::kLanes ? kFewThreads : kMaxThreads,
-                             2) void BackwardFewKernel(const __grid_constant__ BackwardParams params) {
+// Blocks an SM for which the compiler keeps registers: two, unless a thread has so much of a row that it
+// would spill.
+template <int kElements, Scope kScope, bool kAligned>
+constexpr int kFewBlocks = kScope == Scope::kLanes || (kAligned && kElements <= 16) ? 2 : 1;
+
+// Grid: the tiles of dgamma, group by group, then blocks (or clusters) of rows for dx. Preconditions: the row
+// fits, hidden <= kSize * kPackets * threads_per_row * blocks of the cluster; with kAligned all rows are
+// aligned to their packets, without it tensors are, to packets of 16 bytes, and the row fits wherever it
+// begins. Only rows aligned to 16 bytes come with a dh or with gradients beyond the first.
+template <typename T, typename D, int kSize, int kPackets, Scope kScope, bool kAligned>
+__global__ __launch_bounds__(
+    kScope == Scope::kLanes ? kFewThreads : kMaxThreads,
+    kFewBlocks<kSize * kPackets, kScope, kAligned>) void BackwardFewKernel(const __grid_constant__
+                                                                               BackwardParams params) {
+  constexpr bool kMayAdd = kAligned && kSize * (sizeof(T) < sizeof(D) ? sizeof(T) : sizeof(D)) == 16;
   LaunchDependents();
   WaitForPrimary();
+  __shared__ float sums[kMaxWarps][kMostTilePackets * kSize];
   const auto run = [&](auto more) {
     constexpr bool kMore = decltype(more)::value;
+    // A cluster is either for tiles, of which it may have none to do, or for a row.
+    const int blocks = ClusterPlace<kScope>().blocks;
     const int64_t tile = blockIdx.x, tiles = params.tiles * params.args.shape.groups;
-    if (tile < tiles) {
-      SumTile<T, D, kSize, kMore>(params, tile / params.tiles, static_cast<int>(tile % params.tiles));
+    const int64_t cluster = tile / blocks - (tiles + blocks - 1) / blocks;
+    if (cluster < 0) {
+      if (tile >= tiles) return;
+      SumTile<T, D, kSize, kAligned, kMore>(params, tile / params.tiles,
+                                            static_cast<int>(tile % params.tiles), sums);
+    } else if constexpr (!kAligned) {
+      DifferentiateWindows<T, kSize, kPackets, kScope>(params, cluster);
     } else {
-      DifferentiateRows<T, D, kSize, kPackets, kScope, kMore>(params, tile - tiles);
+      DifferentiateRows<T, D, kSize, kPackets, kScope, kMore>(params, cluster);
     }
   };
   // Once for the whole kernel: a branch within a loop would keep its loads apart.
-  if (params.args.gradients == 1) {
+  if (!kMayAdd || params.args.gradients == 1) {
     run(std::false_type{});
   } else {
-    run(std::true_type{});
+    run(std::bool_constant<kMayAdd>{});
   }
 }
 

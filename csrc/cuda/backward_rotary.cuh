@@ -68,7 +68,7 @@ __global__ __launch_bounds__(kLanesThreads,
     for (int k = 0; k < kPackets; ++k) {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) gamma[k][i] = dgamma[k][i] = 0.0f;
-      if (column[k] < hidden) LoadGamma<true>(args, turns.group * hidden, column[k], gamma[k]);
+      if (column[k] < hidden) LoadGamma(args, turns.group * hidden, column[k], gamma[k]);
     }
 
     // Angles and reciprocal RMS come while the rows before are worked on.

@@ -220,9 +220,28 @@ LaunchConfig BackwardLayout(const Device& device, const Ring& ring, int64_t pack
 }
 
 // Whether rows are so few that dx and dgamma are better computed side by side: all of x and dy stays in the
-// L2 cache, and a tile of dgamma has few rows for each of its `threads`.
-bool AreFew(const Shape& shape, DType x, int threads) {
-  return shape.groups * shape.rows * shape.hidden * SizeOf(x) <= kFewBytes && shape.rows <= 2 * threads;
+// L2 cache, a tile of dgamma has few rows for each of its threads, and the blocks find room, two on an SM.
+bool AreFew(const Device& device, const Shape& shape, DType x, const LaunchConfig& config, int threads) {
+  const int64_t rows = shape.groups * shape.rows, places = int64_t{2} * device.sm_count;
+  return rows * shape.hidden * SizeOf(x) <= kFewBytes && shape.rows <= 4 * threads &&
+         (config.cluster == 1 || rows * config.cluster <= places) &&
+         shape.hidden <= places * kMostTilePackets * config.width;
+}
+
+// The tiles of dgamma: as wide as is read best, but wider where not every tile has an SM, and narrower, as
+// long as every one has, where that leaves fewer rows to each thread.
+void TileDgamma(const Device& device, const Shape& shape, LaunchConfig* config) {
+  constexpr int kUsual = 8, kRowsPerThread = 2;
+  const auto tiles = [&](int packets) { return CeilDiv(shape.hidden, int64_t{config->width} * packets); };
+  const auto an_sm_each = [&](int packets) { return shape.groups * tiles(packets) <= device.sm_count; };
+  int packets = kUsual;
+  while (packets < kMostTilePackets && !an_sm_each(packets)) packets *= 2;
+  while (packets > kLeastTilePackets && an_sm_each(packets / 2) &&
+         shape.rows * packets > int64_t{kRowsPerThread} * config->block) {
+    packets /= 2;
+  }
+  config->tile_packets = packets;
+  config->tiles = tiles(packets);
 }
 
 int UsableSMs(const Device& device, int margin) { return std::max(1, device.sm_count - std::max(0, margin)); }
@@ -312,14 +331,14 @@ LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x
 
   const bool lanes = config.scope == Scope::kLanes;
   const int few_threads = lanes ? kFewThreads : config.threads_per_row;
-  if (config.aligned && !rotary && (lanes || config.scope == Scope::kBlock) && margin == 0 &&
-      AreFew(shape, x, few_threads)) {
+  if (!rotary && config.scope != Scope::kLoop && margin == 0 &&
+      AreFew(device, shape, x, config, few_threads)) {
     config.method = Method::kFew;
     config.dependent = device.dependent_launch;
     config.block = few_threads;
-    config.tiles = partial_rows == 0 ? 0 : CeilDiv(shape.hidden / width, kTilePackets);
-    config.grid = config.tiles * shape.groups +
-                  CeilDiv(shape.groups * shape.rows, config.block / config.threads_per_row);
+    if (partial_rows > 0) TileDgamma(device, shape, &config);
+    const int64_t rows = CeilDiv(shape.groups * shape.rows, config.block / config.threads_per_row);
+    config.grid = (CeilDiv(config.tiles * shape.groups, config.cluster) + rows) * config.cluster;
     return config;
   }
 

@@ -60,8 +60,10 @@ constexpr int ForwardPackets(int64_t width, int64_t size) {
 // Turns that a ring copies ahead where a slot takes `rows` rows of a rotary embedding at a time.
 constexpr int kRotaryAhead[3] = {0, 2, 1};
 
-// Columns, in packets, of a tile of dgamma.
-constexpr int kTilePackets = 8;
+// Columns, in packets, of the widest tile of dgamma, a warp's, and of the narrowest, a sector of the L2
+// cache.
+constexpr int kMostTilePackets = 32;
+constexpr int kLeastTilePackets = 2;
 
 // Of a block's shared memory, what is not dynamic: the sums, up to 5 KiB in a cluster, and the system's 1
 // KiB.
@@ -98,6 +100,7 @@ struct LaunchConfig {
   int64_t grid = 0;                // blocks; a multiple of `cluster`
   bool dependent = false;          // launched while the stream's last kernel ends, which it waits for
   int64_t tiles = 0;               // kFew: of a group's dgamma
+  int tile_packets = 0;            // kFew: columns of a tile, in packets
   int64_t blocks_per_group = 0;    // persistent blocks (or clusters) that share the rows of one group
   int64_t shared_memory = 0;       // dynamic, in bytes
   int64_t most_shared_memory = 0;  // that a launch may ask for: the same for all, see LaunchKernel

@@ -62,7 +62,7 @@ __global__ __launch_bounds__(kMaxThreads,
     for (int k = 0; k < kPackets; ++k) {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) gamma[k][i] = 0.0f;
-      if (column[k] < hidden) LoadGamma<true>(args, turns.group * hidden, column[k], gamma[k]);
+      if (column[k] < hidden) LoadGamma(args, turns.group * hidden, column[k], gamma[k]);
     }
 
     // The ring's places of the rows of this turn and of the last one, and of the row to be copied.

@@ -44,16 +44,9 @@ __global__ __launch_bounds__(
     Packet<T, kSize> windows[kPackets], next[kPackets];
     LoadPairs(static_cast<const T*>(args.x), rows * hidden, start - shift, stop, at, windows, next);
 
-    // gamma's columns of a window begin within a packet of gamma, and a column or more before the first.
-    const int64_t gamma_start = GammaRow(args.shape, row) * hidden - shift;
-    const int gamma_shift = static_cast<int>(gamma_start & (kSize - 1));
     Packet<G, kSize> gammas[kPackets];
     const auto load_gammas = [&] {
-      Packet<G, kSize> next_gammas[kPackets];
-      LoadPairs(static_cast<const G*>(args.gamma), args.shape.groups * hidden, gamma_start - gamma_shift,
-                args.gamma == nullptr ? 0 : stop + gamma_shift, at, gammas, next_gammas);
-#pragma unroll
-      for (int k = 0; k < kPackets; ++k) gammas[k] = Join(gammas[k], next_gammas[k], gamma_shift);
+      LoadGammaPackets(args, GammaRow(args.shape, row) * hidden - shift, stop, at, gammas);
     };
     if constexpr (kEarlyGamma) load_gammas();
 

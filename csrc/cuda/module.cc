@@ -59,6 +59,7 @@ nb::dict ToDict(const LaunchConfig& config) {
   dict["grid"] = config.grid;
   dict["dependent"] = config.dependent;
   dict["tiles"] = config.tiles;
+  dict["tile_packets"] = config.tile_packets;
   dict["shared_memory"] = config.shared_memory;
   dict["most_shared_memory"] = config.most_shared_memory;
   dict["blocks_per_group"] = config.blocks_per_group;

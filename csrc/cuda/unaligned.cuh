@@ -28,7 +28,9 @@ __device__ __forceinline__ Packet<T, kSize> Join(const Packet<T, kSize>& low, co
   for (int step = kRegisters / 2; step > 0; step /= 2) {
     const bool take = (shift / kPerRegister & step) != 0;
 #pragma unroll
-    for (int i = 0; i < kRegisters + step; ++i) both[i] = take ? both[i + step] : both[i];
+    for (int i = 0; i < 2 * kRegisters; ++i) {
+      if (i + step < 2 * kRegisters) both[i] = take ? both[i + step] : both[i];
+    }
   }
   Packet<T, kSize> joined;
 #pragma unroll
@@ -40,18 +42,18 @@ __device__ __forceinline__ Packet<T, kSize> Join(const Packet<T, kSize>& low, co
   return joined;
 }
 
-// f(shift), 0 <= shift < kSize; with a constant where a whole warp has the same shift, so that the compiler
-// can rename registers instead of moving them.
-template <int kSize, bool kUniform, int kFirst = 0, typename F>
+// f(shift), 0 <= shift < kRegisters * kPerRegister; where a whole warp has the same shift, in a branch that
+// knows how many whole registers it is, so that the compiler renames those instead of moving them.
+template <int kRegisters, int kPerRegister, bool kUniform, int kFirst = 0, typename F>
 __device__ __forceinline__ void WithShift(int shift, F&& f) {
   if constexpr (!kUniform) {
     f(shift);
-  } else if constexpr (kSize == 1) {
-    f(kFirst);
-  } else if (shift < kFirst + kSize / 2) {
-    WithShift<kSize / 2, true, kFirst>(shift, f);
+  } else if constexpr (kRegisters == 1) {
+    f(kFirst * kPerRegister + shift % kPerRegister);
+  } else if (shift < (kFirst + kRegisters / 2) * kPerRegister) {
+    WithShift<kRegisters / 2, kPerRegister, true, kFirst>(shift, f);
   } else {
-    WithShift<kSize / 2, true, kFirst + kSize / 2>(shift, f);
+    WithShift<kRegisters / 2, kPerRegister, true, kFirst + kRegisters / 2>(shift, f);
   }
 }
 
@@ -135,6 +137,15 @@ __device__ __forceinline__ void LoadPairs(const T* tensor, int64_t total, int64_
   }
 }
 
+// The elements from `start` on of a tensor of `total` ones; beyond its end they are zero.
+template <int kSize, typename T>
+__device__ __forceinline__ Packet<T, kSize> LoadJoined(const T* tensor, int64_t total, int64_t start) {
+  const int shift = static_cast<int>(start & (kSize - 1));
+  Packet<T, kSize> packet[1], next[1];
+  LoadPairs(tensor, total, start - shift, kSize + shift, [](int) { return 0; }, packet, next);
+  return Join(packet[0], next[0], shift);
+}
+
 // gamma, of type G, at the kSize columns from `column` on of a group, whose gamma begins at element `start`.
 // Columns outside the row get any value; with kAligned they are not `inside`.
 template <typename G, bool kAligned, typename Args, int kSize>
@@ -152,28 +163,54 @@ __device__ __forceinline__ void LoadGammaAs(const Args& args, int64_t start, int
   GetGamma(packet, from != nullptr, args.arithmetic.zero_centered_gamma, gamma);
 }
 
-template <bool kAligned, typename Args, int kSize>
+template <typename Args, int kSize>
 __device__ __forceinline__ void LoadGamma(const Args& args, int64_t start, int column,
                                           float (&gamma)[kSize]) {
-  WithType(args.gamma_dtype,
-           [&](auto tag) { LoadGammaAs<decltype(tag), kAligned>(args, start, column, gamma); });
+  WithType(args.gamma_dtype, [&](auto tag) { LoadGammaAs<decltype(tag), true>(args, start, column, gamma); });
+}
+
+// gamma's packets at the elements at(k) behind element `start`, which may lie a packet before gamma; zeros
+// where there is no gamma. Only what begins less than `stop` elements behind it is read, and gamma.
+template <typename G, typename Args, int kSize, int kPackets, typename At>
+__device__ __forceinline__ void LoadGammaPackets(const Args& args, int64_t start, int stop, const At& at,
+                                                 Packet<G, kSize> (&packets)[kPackets]) {
+  const int shift = static_cast<int>(start & (kSize - 1));
+  Packet<G, kSize> next[kPackets];
+  LoadPairs(static_cast<const G*>(args.gamma), args.shape.groups * args.shape.hidden, start - shift,
+            args.gamma == nullptr ? 0 : stop + shift, at, packets, next);
+#pragma unroll
+  for (int k = 0; k < kPackets; ++k) packets[k] = Join(packets[k], next[k], shift);
 }
 
 // gamma in shared memory, so that each thread can read the kSize columns of a packet wherever the row begins
 // in it: float32 [2 * kSize][kPackets][threads], of which the first kSize are the columns before the
-// thread's own. No bank conflicts, and nothing to join.
+// thread's own, and zero outside the row. No bank conflicts, and nothing to join.
 template <int kSize, int kPackets>
 class GammaTable {
  public:
   __device__ GammaTable(uint32_t shared, int threads, int thread)
       : base_(shared + thread * 4), threads_(threads) {}
 
-  __device__ __forceinline__ void Fill(int k, const float (&before)[kSize], const float (&own)[kSize]) const {
+  // With the gamma that begins at element `start`; of packet k the thread's own columns begin at column(k).
+  template <typename Args, typename Column>
+  __device__ __forceinline__ void Fill(const Args& args, int64_t start, const Column& column) const {
+    const int hidden = static_cast<int>(args.shape.hidden);
+    WithType(args.gamma_dtype, [&](auto tag) {
+      using G = decltype(tag);
+#pragma unroll 1
+      for (int k = 0; k < kPackets; ++k) {
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      StoreShared(At(i, k), before[i]);
-      StoreShared(At(kSize + i, k), own[i]);
-    }
+        for (int i = 0; i < 2 * kSize; ++i) {
+          const int from = column(k) + i - kSize;
+          const bool inside = from >= 0 && from < hidden;
+          Packet<G, 1> packet;
+          packet.Load(static_cast<const G*>(args.gamma) + start + from, inside && args.gamma != nullptr);
+          float value[1];
+          GetGamma(packet, args.gamma != nullptr, args.arithmetic.zero_centered_gamma, value);
+          StoreShared(At(i, k), inside ? value[0] : 0.0f);
+        }
+      }
+    });
   }
 
   // The columns from `shift` before the thread's own on.

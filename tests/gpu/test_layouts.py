@@ -38,7 +38,7 @@ def test_every_layout_is_among_the_shapes():
         *itertools.product(("plain",), ("lanes", "block", "loop"), (True, False)),
         *itertools.product(("staged",), ("block",), (True, False)),
         *itertools.product(("windows",), ("lanes", "block"), (False,)),
-        *itertools.product(("few",), ("lanes", "block"), (True,)),
+        *itertools.product(("few",), ("lanes", "block", "cluster"), (True, False)),
     }
 
 
