@@ -252,7 +252,10 @@ __global__ __launch_bounds__(
       if (tile >= tiles) return;
       SumTile<T, D, kSize, kAligned, kMore>(params, tile / params.tiles,
                                             static_cast<int>(tile % params.tiles), sums);
-    } else if constexpr (!kAligned) {
+      return;
+    }
+    if (kScope == Scope::kBlock && threadIdx.x >= params.threads_per_row) return;  // for tiles alone
+    if constexpr (!kAligned) {
       DifferentiateWindows<T, kSize, kPackets, kScope>(params, cluster);
     } else {
       DifferentiateRows<T, D, kSize, kPackets, kScope, kMore>(params, cluster);

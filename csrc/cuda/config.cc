@@ -330,14 +330,17 @@ LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x
   config.most_shared_memory = room;
 
   const bool lanes = config.scope == Scope::kLanes;
-  const int few_threads = lanes ? kFewThreads : config.threads_per_row;
+  // Where a row takes fewer threads of a block, the others are for dgamma alone.
+  const int few_threads = config.scope == Scope::kCluster ? config.threads_per_row
+                                                          : std::max(config.threads_per_row, kFewThreads);
   if (!rotary && config.scope != Scope::kLoop && margin == 0 &&
       AreFew(device, shape, x, config, few_threads)) {
     config.method = Method::kFew;
     config.dependent = device.dependent_launch;
     config.block = few_threads;
     if (partial_rows > 0) TileDgamma(device, shape, &config);
-    const int64_t rows = CeilDiv(shape.groups * shape.rows, config.block / config.threads_per_row);
+    const int64_t slots = lanes ? config.block / config.threads_per_row : 1;
+    const int64_t rows = CeilDiv(shape.groups * shape.rows, slots);
     config.grid = (CeilDiv(config.tiles * shape.groups, config.cluster) + rows) * config.cluster;
     return config;
   }

@@ -36,7 +36,7 @@ constexpr int kMaxThreads = 512;  // a block, at up to 128 registers each
 
 constexpr int kLanesThreads =
     384;                          // a block of a persistent backward of several rows: the fastest on an H200
-constexpr int kFewThreads = 256;  // a block of a backward of few short rows
+constexpr int kFewThreads = 256;  // the least in a block of a backward of few rows
 constexpr int kFusedThreads = 256;  // a block of the fused forward kernels, at more registers each
 
 // Rows that a ring copies ahead of the one that is read, by scope and what a thread has of one, in units of
