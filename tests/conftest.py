@@ -27,8 +27,8 @@ if (
 # Tests start Python in the checkout, whose own jax_rmsnorm folder must not hide the installed package.
 os.environ["PYTHONSAFEPATH"] = "1"
 
-import hypothesis
-import jax
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
