@@ -166,7 +166,8 @@ def test_threads(case):
         block, threads = config["block"], config["threads_per_row"]
         assert block % 32 == 0
         assert 32 <= block <= MAX_THREADS
-        assert block % threads == 0
+        # A block for few rows may have more than a row's: those are for dgamma alone.
+        assert block % threads == 0 or (kernel(config) == "few" and block == 256)
         if config["scope"] == "lanes":
             assert threads in (1, 2, 4, 8, 16, 32)
         else:
