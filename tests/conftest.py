@@ -16,9 +16,8 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
     # Later jaxlibs do not know this flag, and one that they do not know ends the process.
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
-if (
-    "JAX_COMPILATION_CACHE_DIR" not in os.environ
-):  # the process that pytest starts in; the others inherit it
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # In the process that pytest starts in; the others inherit it.
     CACHE = tempfile.TemporaryDirectory(prefix="jax-cache-", ignore_cleanup_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -27,6 +26,7 @@ if (
 # Tests start Python in the checkout, whose own jax_rmsnorm folder must not hide the installed package.
 os.environ["PYTHONSAFEPATH"] = "1"
 
+# JAX reads what is above as it is imported, hence the imports down here.
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 
