@@ -82,7 +82,8 @@ def mapping(config: dict[str, Any]) -> dict[str, Any]:
     Staged rows and windows are two ways to the same, and a block of one warp adds up as 32 lanes do.
     """
     if config["method"] in ("staged", "windows"):
-        return {name: config[name] for name in ("width", "threads_per_row")}
+        slices = config["slices"] * config["cluster"]
+        return {"slices": slices} | {name: config[name] for name in ("width", "threads_per_row")}
     return {name: config[name] for name in MAPPING}
 
 
@@ -134,7 +135,7 @@ def test_kernel(case):
     for direction, config in case.both().items():
         if kernel(config) in ("few", "plain", "staged", "windows"):
             assert (kernel(config) == "few") == (direction == "backward")
-            assert config["cluster"] == 1 or kernel(config) == "few"
+            assert config["cluster"] == 1 or kernel(config) in ("few", "windows")
         if kernel(config) == "few":
             assert case.alignment != "none"
             assert case.margin == 0
@@ -147,7 +148,7 @@ def test_kernel(case):
         if direction == "forward" and case.alignment == "tensors" and case.hidden <= 20_000:
             assert kernel(config) in ("plain", "staged", "windows")
             few = case.rows * case.hidden * SIZES[case.x] <= 4 << 20
-            assert few or kernel(config) != "windows"
+            assert few or kernel(config) != "windows" or config["cluster"] > 1
         if direction == "forward" and config["aligned"] and case.margin > 0:
             assert kernel(config) in ("ring", "loop")
         if direction == "backward" and case.alignment == "tensors" and case.x != case.dy:
@@ -208,7 +209,7 @@ def test_grid(case):
         if kernel(config) == "few":
             assert clusters == -(-groups * config["tiles"] // config["cluster"]) + rows
         elif direction == "forward" and kernel(config) != "ring" and case.margin == 0:
-            assert clusters == min(rows, 2**31 - 1)
+            assert clusters == min(rows, (2**31 - 1) // config["cluster"])
         else:
             assert config["grid"] <= max(config["cluster"], usable)
             assert clusters <= groups * -(-case.rows // slots)

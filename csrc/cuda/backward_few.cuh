@@ -10,53 +10,28 @@ namespace jax_rmsnorm {
 // The row of this thread, of the block (or cluster) that is number `block` of those that compute dx: one for
 // every threads_per_row threads.
 template <Scope kScope>
-class FewRow {
-  static constexpr bool kCluster = kScope == Scope::kCluster;
-
- public:
+struct FewRow {
   __device__ FewRow(const BackwardParams& params, int64_t block)
-      : threads_(params.threads_per_row), sum_(MakeSum(params.threads_per_row)) {
-    const int slots = kScope == Scope::kLanes ? static_cast<int>(blockDim.x) / threads_ : 1;
-    const int slot = kScope == Scope::kLanes ? static_cast<int>(threadIdx.x) / threads_ : 0;
-    thread_ = static_cast<int>(threadIdx.x) - slot * threads_;
-    index = block * slots + slot;
-    const Shape& shape = params.args.shape;
-    group = shape.groups == 1 ? 0 : index / shape.rows;
-    live = index < shape.groups * shape.rows;
-  }
+      : threads(params.threads_per_row),
+        slots(kScope == Scope::kLanes ? static_cast<int>(blockDim.x) / threads : 1),
+        slot(kScope == Scope::kLanes ? static_cast<int>(threadIdx.x) / threads : 0),
+        thread(static_cast<int>(threadIdx.x) - slot * threads),
+        index(block * slots + slot),
+        group(params.args.shape.groups == 1 ? 0 : index / params.args.shape.rows),
+        live(index < params.args.shape.groups * params.args.shape.rows),
+        sum(threads, thread) {}
 
   // The first column of the thread's packet k, as in BackwardKernel.
   template <int kSize>
   __device__ __forceinline__ int Column(int k) const {
-    return ((k * place_.blocks + place_.rank) * threads_ + thread_) * kSize;
+    return ((k * place.blocks + place.rank) * threads + thread) * kSize;
   }
 
-  // Over the row, with the bits of BackwardKernel.
-  __device__ __forceinline__ float Sum(float value) {
-    if constexpr (kCluster) {
-      sum_.Post(0, value);
-      return sum_.Wait(0);
-    } else {
-      return sum_(value);
-    }
-  }
-
+  int threads, slots, slot, thread;
   int64_t index, group;  // the row's, counted through all groups, and its group's
   bool live;             // the others take part in the sums only
-
- private:
-  static __device__ auto MakeSum(int threads) {
-    if constexpr (kCluster) {
-      __shared__ typename SplitRowSum<kScope>::Shared memory;
-      return SplitRowSum<kScope>(memory, threads, 0, threadIdx.x);
-    } else {
-      return RowSum<kScope>(threads);
-    }
-  }
-
-  int threads_, thread_;
-  ClusterPlace<kScope> place_;
-  std::conditional_t<kCluster, SplitRowSum<kScope>, RowSum<kScope>> sum_;
+  ClusterPlace<kScope> place;
+  WholeRowSum<kScope> sum;  // with the bits of BackwardKernel
 };
 
 // kMore, here and below: there is more than one gradient of y.
@@ -97,7 +72,7 @@ __device__ __forceinline__ void DifferentiateRows(const BackwardParams& params, 
     if constexpr (kMore) AddGradients<D>(args, start + column(k), inside(k), dys);
     sum += Accumulate<T>(xs, dys, gamma[k], rrms, false, unused);
   }
-  const float mean = row.Sum(sum) * params.inverse_hidden;
+  const float mean = row.sum(sum) * params.inverse_hidden;
   const float slope = Slope(rrms, mean);
 #pragma unroll
   for (int k = 0; k < kPackets; ++k) {
@@ -153,7 +128,7 @@ __device__ __forceinline__ void DifferentiateWindows(const BackwardParams& param
     sum += Accumulate<T>(xs, dys, gamma[k], rrms, false, unused);
   }
   load_gamma(row.group * hidden - shift);  // at the columns of the windows
-  const float mean = row.Sum(sum) * params.inverse_hidden;
+  const float mean = row.sum(sum) * params.inverse_hidden;
   if (!row.live) return;
   const float slope = Slope(rrms, mean);
 #pragma unroll

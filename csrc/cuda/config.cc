@@ -2,12 +2,14 @@
 
 #include <algorithm>
 #include <numeric>
+#include <utility>
 
 namespace jax_rmsnorm {
 namespace {
 
 constexpr int kWarp = 32;
 constexpr int64_t kFewBytes = 4 << 20;  // of x, where rows are few: one round of blocks, or hardly more
+constexpr int kMostBlocks = 16;         // of a cluster
 constexpr int64_t kMaxGrid = (int64_t{1} << 31) - 1;
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -134,9 +136,10 @@ LaunchConfig ForwardLayout(const Device& device, const Ring& ring, int64_t packe
 
 // Rows that are not aligned to 16 bytes: in narrower packets, as far as rows are aligned to them and fit into
 // the registers of a block. Others are staged in shared memory, which is the fastest for many, or where they
-// are `few` read as windows, which takes the least time for one: columns belong to the same threads both
-// ways.
-LaunchConfig UnalignedForwardLayout(int64_t hidden, int wide, DType x, int64_t room, bool few) {
+// are few, or too long for that, read as windows by a block or a cluster of them, which takes the least
+// time for one: columns belong to the same threads both ways, and sums are added up in the same order.
+LaunchConfig UnalignedForwardLayout(const Device& device, int64_t rows, int64_t hidden, int wide, DType x,
+                                    int64_t room) {
   constexpr int kFew = 4, kBlock = 128;
   const auto narrow = static_cast<int>(std::gcd(hidden, int64_t{wide}));
   const int many = ForwardPackets(narrow, SizeOf(x));
@@ -150,8 +153,22 @@ LaunchConfig UnalignedForwardLayout(int64_t hidden, int wide, DType x, int64_t r
     return config;
   }
   const int64_t windows = CeilDiv(hidden - 1, wide) + 1;  // wherever the row begins
+  bool few = rows * hidden * SizeOf(x) <= kFewBytes;
   config = Staged(hidden, wide, x);
-  if (few && windows <= kFew * config.threads_per_row) {
+  if (windows > kFew * kMaxThreads) {
+    config.slices = ClusterFor(windows, kFew, kMaxThreads);
+    config.block = config.threads_per_row = kMaxThreads;
+    if (config.slices > kMostBlocks) return Loop();
+    // Two rounds of clusters end sooner than one of blocks.
+    few = few || rows * config.slices <= int64_t{2} * device.sm_count;
+    if (config.slices <= device.max_cluster && (few || config.shared_memory > room)) {
+      config.method = Method::kWindows;
+      config.scope = Scope::kCluster;
+      config.packets = kFew;
+      config.cluster = std::exchange(config.slices, 1);
+      config.shared_memory = 0;
+    }
+  } else if (few && windows <= kFew * config.threads_per_row) {
     config.method = Method::kWindows;
     config.shared_memory = 0;
     if (config.threads_per_row == kWarp) {
@@ -286,8 +303,7 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
       config = Staged(shape.hidden, width, x);
     }
   } else if (alignment == Alignment::kTensors) {
-    const bool few = shape.groups * shape.rows * shape.hidden * SizeOf(x) <= kFewBytes;
-    config = UnalignedForwardLayout(shape.hidden, width, x, room, few);
+    config = UnalignedForwardLayout(device, shape.groups * shape.rows, shape.hidden, width, x, room);
   } else {
     config = Loop();
   }
@@ -301,7 +317,9 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
     config.grid = std::min(resident, config.blocks_per_group * shape.groups) * config.cluster;
   } else {  // the hardware scheduler deals out the rows, unless SMs are to be left alone
     const int64_t most = margin > 0 ? UsableSMs(device, margin) : kMaxGrid;
-    config.grid = std::min(CeilDiv(shape.groups * shape.rows, slots * config.rows), most);
+    config.grid = std::min(CeilDiv(shape.groups * shape.rows, slots * config.rows),
+                           std::max<int64_t>(1, most / config.cluster)) *
+                  config.cluster;
     config.dependent = device.dependent_launch;
   }
   return config;

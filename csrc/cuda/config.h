@@ -97,6 +97,7 @@ struct LaunchConfig {
   int rows = 1;                    // that a slot takes at a time
   int block = 32;                  // threads a block
   int cluster = 1;                 // blocks a row
+  int slices = 1;                  // kStaged: of the row, added up as by the blocks of so large a cluster
   int64_t grid = 0;                // blocks; a multiple of `cluster`
   bool dependent = false;          // launched while the stream's last kernel ends, which it waits for
   int64_t tiles = 0;               // kFew: of a group's dgamma

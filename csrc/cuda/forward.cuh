@@ -191,6 +191,7 @@ auto FindForwardStaged(const LaunchConfig& config) -> void (*)(ForwardParams) {
 
 template <typename T, typename G>
 auto FindForwardWindows(const LaunchConfig& config) -> void (*)(ForwardParams) {
+  if (config.scope == Scope::kCluster) return ForwardWindowsKernel<T, G, 4, Scope::kCluster>;
   if (config.scope == Scope::kBlock) return ForwardWindowsKernel<T, G, 4, Scope::kBlock>;
   return config.packets == 2 ? ForwardWindowsKernel<T, G, 2, Scope::kLanes>
                              : ForwardWindowsKernel<T, G, 4, Scope::kLanes>;
@@ -235,6 +236,7 @@ cudaError_t LaunchForwardAs(const ForwardArgs& args, const LaunchConfig& config,
                              config.threads_per_row,
                              (rows + slots - 1) / slots,
                              config.blocks_per_group,
+                             config.slices,
                              RotaryPlaces(args.rotary)};
   const DType gamma_dtype = args.gamma == nullptr ? args.x_dtype : args.gamma_dtype;
   return DispatchTypeBeside<T>(gamma_dtype, [&](auto gamma) {

@@ -8,6 +8,8 @@ namespace jax_rmsnorm {
 
 // Grid: a block a row, rows dealt out with the grid as stride. Sums are taken by columns, so that a row has
 // the same bits wherever it lies; what is written follows the packets of the result, which lie as those of x.
+// With `slices` the columns' sums are added up as by a cluster of so many blocks, each with a slice of the
+// row.
 //
 // Preconditions: the tensors are aligned to 16 bytes, with kAligned all rows too; the row fits into the
 // shared memory, StageBytes of it.
@@ -24,6 +26,9 @@ __global__ __launch_bounds__(kMaxThreads, kAligned || sizeof(G) < 4 ? 3 : 2) voi
   const int first = static_cast<int>(threadIdx.x) * kSize;
   const int step = static_cast<int>(blockDim.x) * kSize;
   const uint32_t memory = SharedAddress(shared);
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int warps = static_cast<int>(blockDim.x) / 32;
+  __shared__ float slice_sums[kAligned ? 1 : kMaxCluster * kMaxWarps];
   RowSum<Scope::kBlock> row_sum(blockDim.x);
   LaunchDependents();
   WaitForPrimary();
@@ -63,19 +68,35 @@ __global__ __launch_bounds__(kMaxThreads, kAligned || sizeof(G) < 4 ? 3 : 2) voi
     }
     if constexpr (!kAligned) __syncthreads();  // aligned: each thread reads what it copied
 
-    float sum = 0.0f;
+    // Of the thread's columns from `from` on, `stride` apart.
+    const auto sum_columns = [&](int from, int stride) {
+      float sum = 0.0f;
 #pragma unroll 4
-    for (int column = first; column < hidden; column += step) {
-      float values[kSize];
-      if constexpr (kAligned) {
-        read(column).Get(values);
-      } else {
-        Join(read(column), read(column + kSize), shift).Get(values);
-        ZeroBeyond(hidden, column, values);
+      for (int column = from; column < hidden; column += stride) {
+        float values[kSize];
+        if constexpr (kAligned) {
+          read(column).Get(values);
+        } else {
+          Join(read(column), read(column + kSize), shift).Get(values);
+          ZeroBeyond(hidden, column, values);
+        }
+        sum += SumOfSquares(values);
       }
-      sum += SumOfSquares(values);
+      return sum;
+    };
+    float sum = 0.0f;
+    if (kAligned || params.slices == 1) {
+      sum = row_sum(sum_columns(first, step));
+    } else {
+      for (int slice = 0; slice < params.slices; ++slice) {
+        const float part = SumWarp(sum_columns(first + slice * step, params.slices * step));
+        if (lane == 0) slice_sums[slice * warps + warp] = part;
+      }
+      __syncthreads();
+      for (int i = lane; i < params.slices * warps; i += 32) sum += slice_sums[i];
+      sum = SumWarp(sum);
     }
-    const float rrms = rsqrtf(row_sum(sum) * params.inverse_hidden + arithmetic.eps);
+    const float rrms = rsqrtf(sum * params.inverse_hidden + arithmetic.eps);
     if (args.rrms != nullptr && threadIdx.x == 0) args.rrms[row] = rrms;
 
     const int64_t gamma_start = GammaRow(args.shape, row) * hidden;

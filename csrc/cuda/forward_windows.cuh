@@ -1,4 +1,5 @@
-// The forward kernel of rows that do not begin at multiples of 16 bytes, and that a block's registers hold.
+// The forward kernel of rows that do not begin at multiples of 16 bytes, and that the registers of a block,
+// or of a cluster of blocks, hold.
 #pragma once
 
 #include "forward_common.cuh"
@@ -10,7 +11,7 @@ namespace jax_rmsnorm {
 // that it adds up: the sum does not depend on where the row lies. What it writes are its windows.
 //
 // Preconditions: the tensors are aligned to 16 bytes; the row fits wherever it begins, hidden + kSize - 1 <=
-// kSize * kPackets * threads_per_row.
+// kSize * kPackets * threads_per_row * blocks of the cluster.
 template <typename T, typename G, int kPackets, Scope kScope>
 __global__ __launch_bounds__(
     kScope == Scope::kLanes ? 128 : kMaxThreads,
@@ -25,15 +26,16 @@ __global__ __launch_bounds__(
   const int slots = kScope == Scope::kLanes ? static_cast<int>(blockDim.x) / threads : 1;
   const int slot = kScope == Scope::kLanes ? static_cast<int>(threadIdx.x) / threads : 0;
   const int thread = static_cast<int>(threadIdx.x) - slot * threads;
-  RowSum<kScope> row_sum(threads);
+  const ClusterPlace<kScope> place;
+  WholeRowSum<kScope> row_sum(threads, thread);
   LaunchDependents();
   WaitForPrimary();
 
   // Where this thread's windows begin, from the row's first one on.
-  const auto at = [&](int k) { return (k * threads + thread) * kSize; };
+  const auto at = [&](int k) { return ((k * place.blocks + place.rank) * threads + thread) * kSize; };
   const float gamma_offset = args.gamma == nullptr || arithmetic.zero_centered_gamma ? 1.0f : -0.0f;
 
-  int64_t item = blockIdx.x;
+  int64_t item = blockIdx.x / place.blocks;
   do {
     const int64_t row = item * slots + slot;
     const bool live = row < rows;  // the others take part in the sums only
@@ -61,7 +63,7 @@ __global__ __launch_bounds__(
     sum = row_sum(sum);
     if (!live) continue;
     const float rrms = rsqrtf(sum * params.inverse_hidden + arithmetic.eps);
-    if (args.rrms != nullptr && thread == 0) args.rrms[row] = rrms;
+    if (args.rrms != nullptr && thread == 0 && place.rank == 0) args.rrms[row] = rrms;
 
     if constexpr (!kEarlyGamma) load_gammas();
     WithTypeBeside<T>(args.y_dtype, [&](auto tag) {
@@ -78,7 +80,7 @@ __global__ __launch_bounds__(
         StoreWithinRow(static_cast<Y*>(args.y) + start + column, hidden, column, y);
       }
     });
-  } while ((item += gridDim.x) < params.items);
+  } while ((item += gridDim.x / place.blocks) < params.items);
 }
 
 }  // namespace jax_rmsnorm

@@ -56,6 +56,7 @@ nb::dict ToDict(const LaunchConfig& config) {
   dict["threads_per_row"] = config.threads_per_row;
   dict["block"] = config.block;
   dict["cluster"] = config.cluster;
+  dict["slices"] = config.slices;
   dict["grid"] = config.grid;
   dict["dependent"] = config.dependent;
   dict["tiles"] = config.tiles;

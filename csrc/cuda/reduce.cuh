@@ -243,4 +243,36 @@ class SplitRowSum {
   unsigned last_turn_ = 0;
 };
 
+// One sum after another, in one piece, in any scope.
+template <Scope kScope>
+class WholeRowSum {
+  static constexpr bool kCluster = kScope == Scope::kCluster;
+
+ public:
+  // `thread`: this thread's number among those of its row. In a cluster a block has one row at a time.
+  __device__ WholeRowSum(int threads_per_row, int thread) : sum_(Make(threads_per_row, thread)) {}
+
+  __device__ __forceinline__ float operator()(float value) {
+    if constexpr (kCluster) {
+      sum_.Post(turn_, value);
+      return sum_.Wait(turn_++);
+    } else {
+      return sum_(value);
+    }
+  }
+
+ private:
+  static __device__ auto Make(int threads, int thread) {
+    if constexpr (kCluster) {
+      __shared__ typename SplitRowSum<kScope>::Shared memory;
+      return SplitRowSum<kScope>(memory, threads, 0, thread);
+    } else {
+      return RowSum<kScope>(threads);
+    }
+  }
+
+  std::conditional_t<kCluster, SplitRowSum<kScope>, RowSum<kScope>> sum_;
+  unsigned turn_ = 0;
+};
+
 }  // namespace jax_rmsnorm

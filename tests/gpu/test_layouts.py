@@ -37,7 +37,7 @@ def test_every_layout_is_among_the_shapes():
         *itertools.product(("ring",), ("lanes", "block", "cluster"), (True, False)),
         *itertools.product(("plain",), ("lanes", "block", "loop"), (True, False)),
         *itertools.product(("staged",), ("block",), (True, False)),
-        *itertools.product(("windows",), ("lanes", "block"), (False,)),
+        *itertools.product(("windows",), ("lanes", "block", "cluster"), (False,)),
         *itertools.product(("few",), ("lanes", "block", "cluster"), (True, False)),
     }
 
@@ -79,7 +79,9 @@ def test_gamma_batched_by_vmap(hidden):
             oracle.assert_close(dgamma[i], want.dgamma, terms=want.dgamma_terms, what="dgamma")
 
 
-@pytest.mark.parametrize("hidden", [72, 333, 1023, 1024, 4096, 4100, 5121, 16_384, 65_536])
+@pytest.mark.parametrize(
+    "hidden", [72, 333, 1023, 1024, 4096, 4100, 5121, 16_384, 20_001, 65_536, 130_001]
+)
 def test_bits(hidden):
     """The same bits again; a row's own bits in any batch, with any margin."""
     rows = max(700, 3 * 2**20 // hidden)  # too many for the kernels of few
