@@ -160,6 +160,16 @@ def test_kernel(case):
         )
 
 
+@given(st.integers(2049, 24_576), st.integers(1, 2**20), st.sampled_from(["bfloat16", "float32"]))
+def test_long_rows_have_a_cluster(packets, rows, x):
+    """As long as three packets of 16 bytes for each thread of sixteen blocks suffice."""
+    hidden = packets * 16 // SIZES[x]
+    device = {"sm_count": 132, "shared_memory": 227 * 1024, "max_cluster": 16}
+    case = Case(hidden, rows, x, x, "rows", groups=1, partial_rows=64, margin=1, **device)
+    for config in case.both().values():
+        assert config["scope"] == "cluster"
+
+
 @settings(max_examples=300)
 @given(cases())
 def test_threads(case):

@@ -26,12 +26,12 @@ template <typename T, typename D, int kSize, int kPackets, Scope kScope, bool kA
 __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThreads,
                              1) void BackwardKernel(const __grid_constant__ BackwardParams params) {
   constexpr int kNarrowest = sizeof(T) < sizeof(D) ? sizeof(T) : sizeof(D);
-  constexpr int kAhead = kRowsAhead[static_cast<int>(kScope)][kPackets * kSize * kNarrowest / 16];
+  constexpr bool kAdd = kFusion == Fusion::kAdd;
+  constexpr int kAhead = kRowsAhead<kScope, kPackets * kSize * kNarrowest / 16, kAdd>;
   constexpr int kPlaces = (kAhead + 2) * kPackets;
   constexpr int kUnit = 16 / (kSize * kNarrowest);  // packets that are copied, and waited for, together
-  constexpr bool kAdd = kFusion == Fusion::kAdd;
   // Of the units ahead, those that may still be in flight when the next is copied: all but the one that is
-  // read, and with three packets all but two, which leaves 32 KiB an SM in flight instead of 48.
+  // read, and with three packets all but two, which the memory likes better.
   constexpr int kInFlight =
       kAhead * kPackets / kUnit - (kPackets == 3 && !kAdd && kScope == Scope::kCluster ? 2 : 1);
   extern __shared__ uint4 shared[];
@@ -50,14 +50,14 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
   WaitForPrimary();
   const int64_t elements = args.shape.groups * rows * hidden;
   const uint32_t ring_memory = SharedAddress(shared);
-  const PacketRing<T, kSize, kAligned> x_ring(ring_memory, args.x, elements, threads);
-  const PacketRing<D, kSize, kAligned> dy_ring(ring_memory + kPlaces * x_ring.Bytes(), args.dy[0], elements,
-                                               threads);
+  const PacketRing<T, kSize, kAligned, !kAdd> x_ring(ring_memory, args.x, elements, threads);
+  const PacketRing<D, kSize, kAligned, !kAdd> dy_ring(ring_memory + kPlaces * x_ring.Bytes(), args.dy[0],
+                                                      elements, threads);
   // Behind these two rings: without kAligned the table of gamma; with kAdd the ring of dh, and one for each
   // further gradient.
   const uint32_t behind = ring_memory + kPlaces * (x_ring.Bytes() + dy_ring.Bytes());
   const GammaTable<kSize, kPackets> table(behind, threads, thread);
-  const PacketRing<T, kSize, kAligned> dh_ring(behind, args.dh, elements, threads);
+  const PacketRing<T, kSize, kAligned, !kAdd> dh_ring(behind, args.dh, elements, threads);
   // How far behind dy's ring that of its gradient g is.
   const auto gradient = [&](int g) {
     return kPlaces * (dh_ring.Bytes() + static_cast<uint32_t>(g) * dy_ring.Bytes());

@@ -80,15 +80,16 @@ struct Ring {
   bool aligned;          // rows, to their packets
   int width;             // elements a packet
   int64_t room;
+  bool add = false;
 
   // Shared memory of a block of `config`.
   int64_t Bytes(const LaunchConfig& config) const {
     // Lanes of unaligned rows share packets, and need one more for every run of them.
     const int run = std::min(config.threads_per_row, kWarp);
     const int packets = config.block + (aligned ? 0 : config.block / run);
-    const int ahead = config.rows > 1
-                          ? kRotaryAhead[config.rows]
-                          : kRowsAhead[static_cast<int>(config.scope)][config.packets * access / 16];
+    const int ahead = config.rows > 1    ? kRotaryAhead[config.rows]
+                      : config.ahead > 0 ? config.ahead
+                                         : RowsAhead(config.scope, config.packets * access / 16, add);
     const int rows = (ahead + 2) * config.rows;
     // gamma's columns, and those of the packet before.
     const int64_t table = aligned ? 0 : int64_t{2} * width * config.packets * config.threads_per_row * 4;
@@ -127,11 +128,15 @@ LaunchConfig ForwardLayout(const Device& device, const Ring& ring, int64_t packe
   constexpr int kPerThread = 4;
   constexpr int kBlock = 128;  // for rows shorter than a warp's registers
   if (packets <= 2) return Lanes(packets, 1, kBlock);
-  if (packets <= 8) return Lanes(packets, 2, kBlock);
-  if (packets <= kPerThread * kWarp) return Lanes(packets, kPerThread, kBlock);
-  LaunchConfig config;
+  LaunchConfig config = Lanes(packets, packets <= 8 ? 2 : kPerThread, kBlock);
+  if (packets <= kPerThread * kWarp) {
+    const LaunchConfig three = Lanes(packets, 3, kBlock);
+    return 3 * three.threads_per_row < config.packets * config.threads_per_row ? three : config;
+  }
   if (ring.PlaceBlock(packets, kPerThread, &config)) return config;
-  return ring.PlaceCluster(device, packets, kPerThread);
+  config = ring.PlaceCluster(device, packets, kPerThread);
+  if (config.scope == Scope::kCluster && config.block <= kSmallBlock) config.ahead = 2;
+  return config;
 }
 
 // Rows that are not aligned to 16 bytes: in narrower packets, as far as rows are aligned to them and fit into
@@ -224,6 +229,7 @@ LaunchConfig UnalignedBackwardLayout(const Device& device, Ring* ring, int64_t h
 
 LaunchConfig BackwardLayout(const Device& device, const Ring& ring, int64_t packets) {
   constexpr int kMostForThree = 88;  // packets of a warp's row that two warps do not read as fast
+  constexpr int kLeastForTwo = 320, kMostForTwo = 8;
   LaunchConfig config = Lanes(packets, packets == 1 ? 1 : 2, kWarp);
   const LaunchConfig fewer_idle = Lanes(packets, 3, kWarp);
   if (packets <= kMostForThree && 3 * fewer_idle.threads_per_row < 2 * config.threads_per_row)
@@ -231,9 +237,11 @@ LaunchConfig BackwardLayout(const Device& device, const Ring& ring, int64_t pack
   if (config.threads_per_row <= kWarp) return config;
   if (ring.PlaceBlock(packets, 2, &config)) return config;
   config = ring.PlaceCluster(device, packets, 2);
-  // Of blocks with two packets a thread and with three, those with more threads.
+  // Three packets a thread only instead of blocks with few threads, or of very many blocks.
   const LaunchConfig three = ring.PlaceCluster(device, packets, 3);
-  return three.scope == Scope::kCluster && three.block > config.block ? three : config;
+  if (config.scope == Scope::kLoop) return three;
+  const bool crumbs = config.block < kLeastForTwo || config.cluster > kMostForTwo;
+  return crumbs && three.scope == Scope::kCluster && three.block > config.block ? three : config;
 }
 
 // Whether rows are so few that dx and dgamma are better computed side by side: all of x and dy stays in the
@@ -332,7 +340,7 @@ LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x
   const bool add = fused.fusion == Fusion::kAdd, rotary = fused.fusion == Fusion::kRotary;
   const bool aligned = alignment == Alignment::kRows;
   const int64_t element_bytes = SizeOf(x) * (add ? 2 : 1) + SizeOf(dy) * fused.gradients;
-  Ring ring{width * element_bytes, 16, aligned, width, room};
+  Ring ring{width * element_bytes, 16, aligned, width, room, add};
   LaunchConfig config;
   if (rotary) {
     config = RotaryLayout(shape.hidden, width, fused, kWarp);

@@ -40,9 +40,19 @@ constexpr int kFewThreads = 256;  // the least in a block of a backward of few r
 constexpr int kFusedThreads = 256;  // a block of the fused forward kernels, at more registers each
 
 // Rows that a ring copies ahead of the one that is read, by scope and what a thread has of one, in units of
-// 16 bytes of the narrowest operand: some 64 KiB an SM, and less in a cluster, whose blocks wait for one
-// another. More bytes in flight make the memory slower.
-constexpr int kRowsAhead[3][5] = {{0, 2, 2, 2, 1}, {0, 0, 2, 0, 1}, {0, 0, 1, 1, 1}};
+// 16 bytes of the narrowest operand: some 64 KiB an SM. More bytes in flight make the memory slower. With an
+// addend there are more operands, and a cluster's rows are longest.
+constexpr int RowsAhead(Scope scope, int units, bool add = false) {
+  constexpr int kRows[3][5] = {{0, 2, 2, 2, 1}, {0, 0, 2, 0, 1}, {0, 0, 2, 2, 1}};
+  return scope == Scope::kCluster && add ? 1 : kRows[static_cast<int>(scope)][units];
+}
+
+// The same as a constant, for code that may not call a function of the host's.
+template <Scope kScope, int kUnits, bool kAdd = false>
+constexpr int kRowsAhead = RowsAhead(kScope, kUnits, kAdd);
+
+// A forward cluster's blocks of no more threads copy two rows ahead.
+constexpr int kSmallBlock = 320;
 
 // Shared memory for a row, which may begin and end within a packet of 16 bytes and is read one packet
 // further.
@@ -97,6 +107,7 @@ struct LaunchConfig {
   int rows = 1;                    // that a slot takes at a time
   int block = 32;                  // threads a block
   int cluster = 1;                 // blocks a row
+  int ahead = 0;                   // rows that a ring copies ahead; 0: as RowsAhead says
   int slices = 1;                  // kStaged: of the row, added up as by the blocks of so large a cluster
   int64_t grid = 0;                // blocks; a multiple of `cluster`
   bool dependent = false;          // launched while the stream's last kernel ends, which it waits for

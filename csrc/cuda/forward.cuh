@@ -166,6 +166,7 @@ auto FindForwardPlain(const LaunchConfig& config) -> void (*)(ForwardParams) {
   if constexpr (kBytes == 16) {
     if (config.packets == 1) return ForwardKernel<T, G, A, kSize, 1, Scope::kLanes>;
     if (config.packets == 2) return ForwardKernel<T, G, A, kSize, 2, Scope::kLanes>;
+    if (config.packets == 3) return ForwardKernel<T, G, A, kSize, 3, Scope::kLanes>;
   }
   if (config.scope == Scope::kBlock) return ForwardKernel<T, G, A, kSize, kMany, Scope::kBlock>;
   return config.packets == 4 ? ForwardKernel<T, G, A, kSize, 4, Scope::kLanes>
@@ -200,10 +201,14 @@ auto FindForwardWindows(const LaunchConfig& config) -> void (*)(ForwardParams) {
 template <typename T>
 auto FindForwardRing(const LaunchConfig& config) -> void (*)(ForwardParams) {
   constexpr int kSize = 16 / sizeof(T);
-  if (config.scope == Scope::kCluster) return ForwardRingKernel<T, kSize, 4, Scope::kCluster>;
+  if (config.scope == Scope::kCluster) {
+    return config.ahead == 2 ? ForwardRingKernel<T, kSize, 4, Scope::kCluster, 2>
+                             : ForwardRingKernel<T, kSize, 4, Scope::kCluster>;
+  }
   if (config.scope == Scope::kBlock) return ForwardRingKernel<T, kSize, 4, Scope::kBlock>;
   return config.packets == 1   ? ForwardRingKernel<T, kSize, 1, Scope::kLanes>
          : config.packets == 2 ? ForwardRingKernel<T, kSize, 2, Scope::kLanes>
+         : config.packets == 3 ? ForwardRingKernel<T, kSize, 3, Scope::kLanes>
                                : ForwardRingKernel<T, kSize, 4, Scope::kLanes>;
 }
 

@@ -12,10 +12,9 @@ namespace jax_rmsnorm {
 // t - 1 and writes that row. gamma stays in registers.
 //
 // Preconditions: as for ForwardKernel, a row of the cluster's blocks together; the same bits.
-template <typename T, int kSize, int kPackets, Scope kScope>
+template <typename T, int kSize, int kPackets, Scope kScope, int kAhead = kRowsAhead<kScope, kPackets>>
 __global__ __launch_bounds__(kMaxThreads,
                              1) void ForwardRingKernel(const __grid_constant__ ForwardParams params) {
-  constexpr int kAhead = kRowsAhead[static_cast<int>(kScope)][kPackets];
   constexpr int kPlaces = (kAhead + 2) * kPackets;
   extern __shared__ uint4 shared[];
   __shared__ typename SplitRowSum<kScope>::Shared sum_memory;

@@ -265,11 +265,11 @@ __device__ __forceinline__ void WaitForPrimary() {
 }
 
 // Asynchronous copy of 4, 8 or 16 bytes, global to shared memory, without a register in between; of zeros if
-// not `inside`, whatever `global` is.
-template <int kBytes>
+// not `inside`, whatever `global` is. kCached, and less than 16 bytes always: by way of the L1 cache.
+template <int kBytes, bool kCached = false>
 __device__ __forceinline__ void CopyAsync(uint32_t shared, const void* global, bool inside = true) {
   const int bytes = inside ? kBytes : 0;
-  if constexpr (kBytes == 16) {
+  if constexpr (kBytes == 16 && !kCached) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global), "r"(bytes)
                  : "memory");
   } else {

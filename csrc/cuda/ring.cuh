@@ -33,7 +33,10 @@ struct Turns {
 // behind the first one's. Each thread copies in what it will read, so that no barrier is needed, only a wait
 // for its own copies. In rows that are not aligned a thread also reads the packet after each of its own: that
 // of the next lane, and for the last lane of a run one that it copies in for itself alone.
-template <typename T, int kSize, bool kAligned>
+//
+// kCached: copied by way of the L1 cache, where short rows that share a sector of 32 bytes find it again.
+// Many rings leave that no room.
+template <typename T, int kSize, bool kAligned, bool kCached = false>
 class PacketRing {
   using P = Packet<T, kSize>;
 
@@ -93,7 +96,7 @@ class PacketRing {
   __device__ __forceinline__ void CopyTo(uint32_t to, const T* from, bool inside) const {
 #pragma unroll
     for (int a = 0; a < P::kAccesses; ++a) {
-      CopyAsync<P::kAccess>(to + a * stride_, from + a * kElements, inside);
+      CopyAsync<P::kAccess, kCached>(to + a * stride_, from + a * kElements, inside);
     }
   }
 
