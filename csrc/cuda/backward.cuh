@@ -18,13 +18,14 @@ namespace jax_rmsnorm {
 // and writes that row's dx: nobody waits for the slowest thread of the row. Both rows are in the ring, and
 // behind them the packets in flight, as many as the memory likes best.
 //
-// Preconditions: all tensors are aligned to 16 bytes, and with kAligned all rows to their packets, without it
-// packets are of 16 bytes; the row fits, hidden <= kSize * kPackets * threads_per_row * blocks of the
-// cluster, and without kAligned one packet less. Gradients beyond the first dy need kAdd, and kAdd needs
-// kAligned.
-template <typename T, typename D, int kSize, int kPackets, Scope kScope, bool kAligned, Fusion kFusion>
-__global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThreads,
-                             1) void BackwardKernel(const __grid_constant__ BackwardParams params) {
+// Preconditions: all tensors are aligned to 16 bytes, and with kAligned all rows to their packets; the row
+// fits, hidden <= kSize * kPackets * threads_per_row * blocks of the cluster. Without kAligned packets are of
+// 16 bytes; the row fits wherever it begins; it has kSize threads or more; and all rows that a slot takes of
+// a group begin equally far behind a multiple of kSize elements. Gradients beyond the first dy need kAdd, and
+// kAdd needs kAligned.
+template <typename T, typename D, int kSize, int kPackets, Scope kScope, bool kAligned, Fusion kFusion,
+          int kThreads = kScope == Scope::kLanes ? kLanesThreads : kMaxThreads>
+__global__ __launch_bounds__(kThreads, 1) void BackwardKernel(const __grid_constant__ BackwardParams params) {
   constexpr int kNarrowest = sizeof(T) < sizeof(D) ? sizeof(T) : sizeof(D);
   constexpr bool kAdd = kFusion == Fusion::kAdd;
   constexpr int kAhead = kRowsAhead<kScope, kPackets * kSize * kNarrowest / 16, kAdd>;
@@ -48,16 +49,13 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
   SplitRowSum<kScope> row_sum(sum_memory, threads, slot, thread);
   LaunchDependents();
   WaitForPrimary();
-  const int64_t elements = args.shape.groups * rows * hidden;
+  constexpr bool kTail = !kAligned && kScope != Scope::kLanes;
   const uint32_t ring_memory = SharedAddress(shared);
-  const PacketRing<T, kSize, kAligned, !kAdd> x_ring(ring_memory, args.x, elements, threads);
-  const PacketRing<D, kSize, kAligned, !kAdd> dy_ring(ring_memory + kPlaces * x_ring.Bytes(), args.dy[0],
-                                                      elements, threads);
-  // Behind these two rings: without kAligned the table of gamma; with kAdd the ring of dh, and one for each
-  // further gradient.
+  const PacketRing<T, kSize, kTail, !kAdd> x_ring(ring_memory, args.x);
+  const PacketRing<D, kSize, kTail, !kAdd> dy_ring(ring_memory + kPlaces * x_ring.Bytes(), args.dy[0]);
+  // Behind these two rings, with kAdd: the ring of dh, and one for each further gradient.
   const uint32_t behind = ring_memory + kPlaces * (x_ring.Bytes() + dy_ring.Bytes());
-  const GammaTable<kSize, kPackets> table(behind, threads, thread);
-  const PacketRing<T, kSize, kAligned, !kAdd> dh_ring(behind, args.dh, elements, threads);
+  const PacketRing<T, kSize, kTail, !kAdd> dh_ring(behind, args.dh);
   // How far behind dy's ring that of its gradient g is.
   const auto gradient = [&](int g) {
     return kPlaces * (dh_ring.Bytes() + static_cast<uint32_t>(g) * dy_ring.Bytes());
@@ -74,12 +72,12 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
     }
   };
 
-  const auto column_of = [&](int k) { return ((k * place.blocks + place.rank) * threads + thread) * kSize; };
-  int column[kPackets];
-#pragma unroll
-  for (int k = 0; k < kPackets; ++k) column[k] = column_of(k);
-  // Where the row that begins at element `start` lies in its packets.
-  const auto shift_of = [](int64_t start) { return kAligned ? 0 : static_cast<int>(start & (kSize - 1)); };
+  const auto strip = StripOf<kSize, kPackets, kScope>(threads, thread, place);
+  // The tensors' elements, and where the thread's packets begin, from the row's first on.
+  [[maybe_unused]] const int64_t elements = args.shape.groups * rows * hidden;
+  const auto at = [&](int k) {
+    return kAligned ? ((k * place.blocks + place.rank) * threads + thread) * kSize : strip.At(k);
+  };
 
   const int64_t items = args.shape.groups * params.blocks_per_group;
   unsigned turn = 0;  // counted on from item to item, for row_sum
@@ -87,27 +85,46 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
     const Turns<> turns(args.shape, params.blocks_per_group, item, slots, slot);
     const int64_t row_step = turns.step * hidden;
     int64_t start = turns.row * hidden;
-    // Copies a unit of the row at element `begin`, from packet `unit` on, to the ring's row at place `at`.
-    const auto copy = [&](int at, int unit, int64_t begin, bool inside) {
+    // Rows of one shift only, so that its packets' columns are the thread's throughout.
+    const int shift = kAligned ? 0 : static_cast<int>(start & (kSize - 1));
+    int column[kPackets];
+#pragma unroll
+    for (int k = 0; k < kPackets; ++k) column[k] = at(k) - shift;
+    const int tail_column = at(kPackets) - shift;
+    const bool has_tail = kTail && tail_column < hidden;
+    // Copies a unit of the row at element `begin`, from packet `unit` on, to the ring's row at place `to`.
+    const auto copy = [&](int to, int unit, int64_t begin, bool inside) {
 #pragma unroll
       for (int k = unit; k < unit + kUnit; ++k) {
-        const int shift = shift_of(begin);
-        const int64_t first = begin + column[k] - shift;
-        const bool copied = inside && column[k] - shift < hidden;
+        const int64_t first = begin + column[k];
+        const bool copied = inside && column[k] < hidden;
         if constexpr (kAligned) {
-          x_ring.Copy(at + k, first, copied);
-          dy_ring.Copy(at + k, first, copied);
-        } else if (copied) {
-          const bool whole = begin + hidden + 2 * kSize <= elements;
-          x_ring.CopyUnaligned(at + k, first, whole);
-          dy_ring.CopyUnaligned(at + k, first, whole);
+          x_ring.Copy(to + k, first, copied);
+          dy_ring.Copy(to + k, first, copied);
+        } else {
+          const bool tail = k == 0 && inside && has_tail;
+          if (!copied || begin + hidden + kSize <= elements) {
+            x_ring.Copy(to + k, first, copied);
+            dy_ring.Copy(to + k, first, copied);
+            if (tail) {
+              x_ring.CopyFurther(to, begin + tail_column);
+              dy_ring.CopyFurther(to, begin + tail_column);
+            }
+          } else {  // the last rows of the tensors, beyond which nothing is read
+            x_ring.CopyLast(to + k, false, first, elements);
+            dy_ring.CopyLast(to + k, false, first, elements);
+            if (tail) {
+              x_ring.CopyLast(to, true, begin + tail_column, elements);
+              dy_ring.CopyLast(to, true, begin + tail_column, elements);
+            }
+          }
         }
         if constexpr (kAdd) {
-          if (args.dh != nullptr) dh_ring.Copy(at + k, first, copied);
+          if (args.dh != nullptr) dh_ring.Copy(to + k, first, copied);
 #pragma unroll
           for (int g = 1; g < kMostGradients; ++g) {
             if (g >= args.gradients) break;
-            dy_ring.CopyFrom(args.dy[g], at + k, first, copied, gradient(g));
+            dy_ring.CopyFrom(args.dy[g], to + k, first, copied, gradient(g));
           }
         }
       }
@@ -123,20 +140,20 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
     float next_rrms = turns.own > 0 ? *rrms_of : 0.0f;
 
     const int64_t gamma_start = turns.group * hidden;
-    if constexpr (!kAligned) {
-      if (slot == 0) table.Fill(args, gamma_start, column_of);
-      __syncthreads();
-    }
     float gamma[kPackets][kSize], dgamma[kPackets][kSize];
+    [[maybe_unused]] float tail_gamma[kSize];
 #pragma unroll
     for (int k = 0; k < kPackets; ++k) {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) gamma[k][i] = dgamma[k][i] = 0.0f;
-      if constexpr (!kAligned) {
-        table.Read(k, 0, gamma[k]);
-      } else if (column[k] < hidden) {
-        LoadGamma(args, gamma_start, column[k], gamma[k]);
+    }
+    if constexpr (kAligned) {
+#pragma unroll
+      for (int k = 0; k < kPackets; ++k) {
+        if (column[k] < hidden) LoadGamma(args, gamma_start, column[k], gamma[k]);
       }
+    } else {
+      LoadGammaOfStrip(args, gamma_start, shift, strip, gamma, tail_gamma);
     }
 
     float rrms = 0.0f;
@@ -150,45 +167,52 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
         rrms_of += turns.step;
         next_rrms = t + 1 < turns.own ? *rrms_of : 0.0f;
         float sum = 0.0f;
+        [[maybe_unused]] CircleSum<kSize, strip.kWindows> circle;
 #pragma unroll
         for (int k = 0; k < kPackets; ++k) {
           if (k % kUnit == 0) {
             WaitCopies<kInFlight>();
             copy(to, k, start + kAhead * row_step, t + kAhead < turns.own);
           }
-          if constexpr (!kAligned) __syncwarp();  // for the copies of the next lane
-          if (!kAligned && t >= turns.own) continue;
           float x[kSize], dy[kSize];
+          x_ring.Read(from + k).Get(x);
+          read_dy(from + k, dy);
           if constexpr (kAligned) {
-            x_ring.Read(from + k).Get(x);
-            read_dy(from + k, dy);
+            sum += Accumulate<T>(x, dy, gamma[k], rrms, round, dgamma[k]);
           } else {
-            WithShift<4, 4 / static_cast<int>(sizeof(T)), kScope != Scope::kLanes>(
-                shift_of(start), [&](int shift) {
-                  Join(x_ring.Read(from + k), x_ring.ReadNext(from + k), shift).Get(x);
-                  Join(dy_ring.Read(from + k), dy_ring.ReadNext(from + k), shift).Get(dy);
-                });
-            ZeroBeyond(hidden, column[k], x);
-            ZeroBeyond(hidden, column[k], dy);
+            float terms[kSize];
+            AccumulateWindow<T>(x, dy, gamma[k], rrms, round, dgamma[k], terms);
+            ZeroOutside(hidden, column[k], terms);
+            if (k == 0) ZeroHead(strip.Head(shift), terms);
+            circle.Add(k, terms);
           }
-          sum += Accumulate<T>(x, dy, gamma[k], rrms, round, dgamma[k]);
         }
-        row_sum.Post(turn + t, sum);
+        if (has_tail) {
+          float x[kSize], dy[kSize], terms[kSize], unused[kSize] = {};
+          x_ring.ReadFurther(from).Get(x);
+          dy_ring.ReadFurther(from).Get(dy);
+          AccumulateWindow<T>(x, dy, tail_gamma, rrms, false, unused, terms);
+          ZeroOutside(min(hidden, tail_column + shift), tail_column, terms);
+          circle.Add(kPackets, terms);
+        }
+        if constexpr (kAligned) {
+          row_sum.Post(turn + t, sum);
+        } else {
+          row_sum.PostOfWarp(turn + t, circle.Over(strip.lanes()));
+        }
       }
       if (t > 0) {
         const float mean = row_sum.Wait(turn + t - 1) * params.inverse_hidden;
         const float slope = Slope(last_rrms, mean);
         if (t <= turns.own) {
           const int64_t last_start = start - row_step;
-          const int shift = shift_of(last_start);
 #pragma unroll
           for (int k = 0; k < kPackets; ++k) {
-            const int first_column = column[k] - shift;
-            if (!kAligned && first_column >= hidden) continue;
+            if (!kAligned && column[k] >= hidden) continue;
             float x[kSize], dy[kSize], dx[kSize];
             x_ring.Read(last_from + k).Get(x);
             read_dy(last_from + k, dy);
-            T* dx_at = static_cast<T*>(args.dx) + last_start + first_column;
+            T* dx_at = static_cast<T*>(args.dx) + last_start + column[k];
             if constexpr (kAligned) {
               Differentiate(x, dy, gamma[k], last_rrms, slope, dx);
               if constexpr (kAdd) {
@@ -196,12 +220,10 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
               }
               Packet<T, kSize> packet;
               packet.Set(dx);
-              packet.Store(dx_at, first_column < hidden);
+              packet.Store(dx_at, column[k] < hidden);
             } else {
-              float gamma_here[kSize];
-              table.Read(k, shift, gamma_here);
-              Differentiate(x, dy, gamma_here, last_rrms, slope, dx);
-              StoreWithinRow(dx_at, hidden, first_column, dx);
+              Differentiate(x, dy, gamma[k], last_rrms, slope, dx);
+              StoreWithinRow(dx_at, hidden, column[k], dx);
             }
           }
         }
@@ -213,7 +235,6 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
     }
     turn += turns.all;
     WaitCopies<0>();
-    if constexpr (!kAligned) __syncthreads();  // the table is read no more
     if (args.dgamma == nullptr) continue;
 
     StoreBlockDgamma<kAligned>(params, turns.group, turns.block, slots, slot, column, dgamma,
@@ -233,15 +254,15 @@ auto FindBackwardAligned(const LaunchConfig& config) -> void (*)(BackwardParams)
                              : BackwardKernel<T, D, kSize, 3, Scope::kCluster, true, kFusion>;
 }
 
-template <typename T, int kSize, int kPackets, bool kAligned>
+template <typename T, typename D, int kSize, int kPackets, bool kAligned>
 auto FindBackwardUnaligned(Scope scope) -> void (*)(BackwardParams) {
   switch (scope) {
     case Scope::kLanes:
-      return BackwardKernel<T, T, kSize, kPackets, Scope::kLanes, kAligned, Fusion::kNone>;
+      return BackwardKernel<T, D, kSize, kPackets, Scope::kLanes, kAligned, Fusion::kNone>;
     case Scope::kBlock:
-      return BackwardKernel<T, T, kSize, kPackets, Scope::kBlock, kAligned, Fusion::kNone>;
+      return BackwardKernel<T, D, kSize, kPackets, Scope::kBlock, kAligned, Fusion::kNone>;
     default:
-      return BackwardKernel<T, T, kSize, kPackets, Scope::kCluster, kAligned, Fusion::kNone>;
+      return BackwardKernel<T, D, kSize, kPackets, Scope::kCluster, kAligned, Fusion::kNone>;
   }
 }
 
@@ -271,12 +292,22 @@ auto FindBackward(const LaunchConfig& config, const BackwardArgs& args) -> void 
     if constexpr (std::is_same_v<T, D>) {
       if (config.width < kSize) {
         return few ? FindBackwardFew<T, T, kSize / 2, 4, true>(config.scope)
-                   : FindBackwardUnaligned<T, kSize / 2, 4, true>(config.scope);
+                   : FindBackwardUnaligned<T, T, kSize / 2, 4, true>(config.scope);
       }
-      return few ? FindBackwardFew<T, T, kSize, 2, false>(config.scope)
-                 : FindBackwardUnaligned<T, kSize, 2, false>(config.scope);
     }
-    return nullptr;
+    if (!few && config.packets == 3 && config.scope == Scope::kBlock && config.block <= kLanesThreads) {
+      return BackwardKernel<T, D, kSize, 3, Scope::kBlock, false, Fusion::kNone, kLanesThreads>;
+    }
+    if (config.packets == 3) {
+      return few ? FindBackwardFew<T, D, kSize, 3, false>(config.scope)
+                 : FindBackwardUnaligned<T, D, kSize, 3, false>(config.scope);
+    }
+    if (config.packets == 2) {
+      return few ? BackwardFewKernel<T, D, kSize, 2, Scope::kLanes, false>
+                 : BackwardKernel<T, D, kSize, 2, Scope::kLanes, false, Fusion::kNone>;
+    }
+    return few ? BackwardFewKernel<T, D, kSize, 1, Scope::kLanes, false>
+               : BackwardKernel<T, D, kSize, 1, Scope::kLanes, false, Fusion::kNone>;
   }
   if (few) {
     return config.packets == 1             ? BackwardFewKernel<T, D, kSize, 1, Scope::kLanes, true>

@@ -46,6 +46,50 @@ __device__ __forceinline__ float Accumulate(const float (&x)[kSize], const float
   return sums[0] + sums[1];
 }
 
+// The same for windows: the products of the sum one by one, for a CircleSum.
+template <typename T, int kSize>
+__device__ __forceinline__ void AccumulateWindow(const float (&x)[kSize], const float (&dy)[kSize],
+                                                 const float (&gamma)[kSize], float rrms,
+                                                 bool round_before_gamma, float (&dgamma)[kSize],
+                                                 float (&terms)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    const float product = __fmul_rn(dy[i], x[i]);
+    terms[i] = __fmul_rn(product, gamma[i]);
+    dgamma[i] = round_before_gamma ? __fmaf_rn(dy[i], ToFloat(FromFloat<T>(__fmul_rn(x[i], rrms))), dgamma[i])
+                                   : __fmaf_rn(product, rrms, dgamma[i]);
+  }
+}
+
+// gamma at the columns of a strip of a row that begins at element `start` of gamma and `shift` elements into
+// its first window; zero outside the row.
+template <int kSize, int kPackets, bool kTail>
+__device__ __forceinline__ void LoadGammaOfStrip(const BackwardArgs& args, int64_t start, int shift,
+                                                 const Strip<kSize, kPackets, kTail>& strip,
+                                                 float (&gamma)[kPackets][kSize], float (&tail)[kSize]) {
+  const int hidden = static_cast<int>(args.shape.hidden);
+  WithType(args.gamma_dtype, [&](auto tag) {
+    Packet<decltype(tag), kSize> packets[strip.kWindows];
+    const auto at = [&](int k) { return strip.At(k); };
+    JoinedGamma<decltype(tag), kSize>(args, start - shift).Load(shift + hidden, at, packets);
+#pragma unroll
+    for (int k = 0; k < strip.kWindows; ++k) {
+      float values[kSize];
+      GetGamma(packets[k], args.gamma != nullptr, args.arithmetic.zero_centered_gamma, values);
+      ZeroOutside(hidden, strip.At(k) - shift, values);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) (k < kPackets ? gamma[k] : tail)[i] = values[i];
+    }
+  });
+}
+
+// Of the products of a strip's first window those that are not the strip's become zero.
+template <int kSize>
+__device__ __forceinline__ void ZeroHead(int count, float (&terms)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) terms[i] = i < count ? 0.0f : terms[i];
+}
+
 // -rrms^3 * mean, without a cube of rrms, which may be too small for float32 where the product is not.
 __device__ __forceinline__ float Slope(float rrms, float mean) { return -(rrms * mean) * rrms * rrms; }
 
@@ -81,8 +125,9 @@ __device__ __forceinline__ void AddGradients(const BackwardArgs& args, int64_t a
   }
 }
 
-// A block's part of dgamma at the kSize columns from `column` on: into its partial row, or into dgamma itself
-// where the group has no other block. `group` and `block` count from 0.
+// A block's part of dgamma at the kSize columns from `column` on, without kAligned those within the row: into
+// its partial row, or into dgamma itself where the group has no other block. `group` and `block` count from
+// 0.
 template <bool kAligned, int kSize>
 __device__ __forceinline__ void StoreDgamma(const BackwardParams& params, int64_t group, int64_t block,
                                             int64_t column, const float (&values)[kSize]) {
@@ -99,7 +144,8 @@ __device__ __forceinline__ void StoreDgamma(const BackwardParams& params, int64_
       using To = decltype(tag);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
-        if (column + i < hidden) static_cast<To*>(to)[row * hidden + column + i] = FromFloat<To>(values[i]);
+        const int64_t at = column + i;
+        if (at >= 0 && at < hidden) static_cast<To*>(to)[row * hidden + at] = FromFloat<To>(values[i]);
       }
     });
   }
@@ -134,7 +180,8 @@ __device__ __forceinline__ void StoreBlockDgamma(const BackwardParams& params, i
     } else {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
-        if (column[k] + i < hidden) shares[slot * hidden + column[k] + i] = dgamma[k][i];
+        const int at = column[k] + i;
+        if (at >= 0 && at < hidden) shares[slot * hidden + at] = dgamma[k][i];
       }
     }
   }

@@ -13,10 +13,9 @@ template <Scope kScope>
 struct FewRow {
   __device__ FewRow(const BackwardParams& params, int64_t block)
       : threads(params.threads_per_row),
-        slots(kScope == Scope::kLanes ? static_cast<int>(blockDim.x) / threads : 1),
-        slot(kScope == Scope::kLanes ? static_cast<int>(threadIdx.x) / threads : 0),
-        thread(static_cast<int>(threadIdx.x) - slot * threads),
-        index(block * slots + slot),
+        thread(kScope == Scope::kLanes ? static_cast<int>(threadIdx.x) % threads
+                                       : static_cast<int>(threadIdx.x)),
+        index(kScope == Scope::kLanes ? (block * blockDim.x + threadIdx.x) / threads : block),
         group(params.args.shape.groups == 1 ? 0 : index / params.args.shape.rows),
         live(index < params.args.shape.groups * params.args.shape.rows),
         sum(threads, thread) {}
@@ -27,7 +26,7 @@ struct FewRow {
     return ((k * place.blocks + place.rank) * threads + thread) * kSize;
   }
 
-  int threads, slots, slot, thread;
+  int threads, thread;
   int64_t index, group;  // the row's, counted through all groups, and its group's
   bool live;             // the others take part in the sums only
   ClusterPlace<kScope> place;
@@ -61,7 +60,7 @@ __device__ __forceinline__ void DifferentiateRows(const BackwardParams& params, 
   WithType(args.gamma_dtype, [&](auto tag) {
 #pragma unroll
     for (int k = 0; k < kPackets; ++k) {
-      LoadGammaAs<decltype(tag), true>(args, row.group * hidden, column(k), gamma[k], inside(k));
+      LoadGammaAs<decltype(tag)>(args, row.group * hidden, column(k), gamma[k], inside(k));
     }
   });
 #pragma unroll
@@ -88,47 +87,49 @@ __device__ __forceinline__ void DifferentiateRows(const BackwardParams& params, 
   }
 }
 
-// The same of rows that do not begin at multiples of 16 bytes, as ForwardWindowsKernel reads and writes them.
-template <typename T, int kSize, int kPackets, Scope kScope>
+// The same of rows that do not begin at multiples of 16 bytes, with the bits of BackwardKernel.
+template <typename T, typename D, int kSize, int kPackets, Scope kScope>
 __device__ __forceinline__ void DifferentiateWindows(const BackwardParams& params, int64_t block) {
   const BackwardArgs& args = params.args;
   const int hidden = static_cast<int>(args.shape.hidden);
-  const int64_t total = args.shape.groups * args.shape.rows * hidden;
   FewRow<kScope> row(params, block);
+  const auto strip = StripOf<kSize, kPackets, kScope>(params.threads_per_row, row.thread, row.place);
 
-  const auto at = [&](int k) { return row.template Column<kSize>(k); };
   const int64_t start = row.index * hidden;
   const int shift = static_cast<int>(start & (kSize - 1));
   const int stop = row.live ? shift + hidden : 0;
-  Packet<T, kSize> x[kPackets], next_x[kPackets], dy[kPackets], next_dy[kPackets];
-  LoadPairs(static_cast<const T*>(args.x), total, start - shift, stop, at, x, next_x);
-  LoadPairs(static_cast<const T*>(args.dy[0]), total, start - shift, stop, at, dy, next_dy);
+  Packet<T, kSize> x[strip.kWindows];
+  Packet<D, kSize> dy[strip.kWindows];
+  const auto x_end = strip.Load(static_cast<const T*>(args.x) + start - shift, stop, x);
+  const auto dy_end = strip.Load(static_cast<const D*>(args.dy[0]) + start - shift, stop, dy);
   const float rrms = row.live ? args.rrms[row.index] : 0.0f;
-  float gamma[kPackets][kSize];
-  const auto load_gamma = [&](int64_t first) {
-    WithType(args.gamma_dtype, [&](auto tag) {
-      Packet<decltype(tag), kSize> packets[kPackets];
-      LoadGammaPackets(args, first, stop, at, packets);
-#pragma unroll
-      for (int k = 0; k < kPackets; ++k) {
-        GetGamma(packets[k], args.gamma != nullptr, args.arithmetic.zero_centered_gamma, gamma[k]);
-      }
-    });
+  float gamma[kPackets][kSize], tail_gamma[kSize];
+  LoadGammaOfStrip(args, row.group * hidden, shift, strip, gamma, tail_gamma);
+  strip.SetEnd(stop, x_end, x);
+  strip.SetEnd(stop, dy_end, dy);
+  CircleSum<kSize, strip.kWindows> circle;
+  const auto products = [&](const Packet<T, kSize>& x_packet, const Packet<D, kSize>& dy_packet,
+                            const float (&gammas)[kSize], float (&terms)[kSize]) {
+    float xs[kSize], dys[kSize], unused[kSize] = {};
+    x_packet.Get(xs);
+    dy_packet.Get(dys);
+    AccumulateWindow<T>(xs, dys, gammas, rrms, false, unused, terms);
   };
-  load_gamma(row.group * hidden);
-  float sum = 0.0f;
 #pragma unroll
   for (int k = 0; k < kPackets; ++k) {
-    float xs[kSize], dys[kSize], unused[kSize] = {};
-    Join(x[k], next_x[k], shift).Get(xs);
-    Join(dy[k], next_dy[k], shift).Get(dys);
-    ZeroBeyond(hidden, at(k), xs);
-    ZeroBeyond(hidden, at(k), dys);
-    ZeroBeyond(hidden, at(k), gamma[k]);
-    sum += Accumulate<T>(xs, dys, gamma[k], rrms, false, unused);
+    float terms[kSize];
+    products(x[k], dy[k], gamma[k], terms);
+    if (k == 0) ZeroHead(strip.Head(shift), terms);
+    circle.Add(k, terms);
   }
-  load_gamma(row.group * hidden - shift);  // at the columns of the windows
-  const float mean = row.sum(sum) * params.inverse_hidden;
+  if constexpr (strip.kWindows > kPackets) {
+    float terms[kSize];
+    products(x[kPackets], dy[kPackets], tail_gamma, terms);
+    const int column = strip.At(kPackets) - shift;
+    ZeroOutside(min(hidden, column + shift), column, terms);
+    circle.Add(kPackets, terms);
+  }
+  const float mean = row.sum.OfWarps(circle.Over(strip.lanes())) * params.inverse_hidden;
   if (!row.live) return;
   const float slope = Slope(rrms, mean);
 #pragma unroll
@@ -137,7 +138,7 @@ __device__ __forceinline__ void DifferentiateWindows(const BackwardParams& param
     x[k].Get(xs);
     dy[k].Get(dys);
     Differentiate(xs, dys, gamma[k], rrms, slope, dx);
-    const int column = at(k) - shift;
+    const int column = strip.At(k) - shift;
     StoreWithinRow(static_cast<T*>(args.dx) + start + column, hidden, column, dx);
   }
 }
@@ -168,8 +169,13 @@ __device__ __forceinline__ void SumTile(const BackwardParams& params, int64_t gr
         x.Load(static_cast<const T*>(args.x) + start);
         dy.Load(static_cast<const D*>(args.dy[0]) + start);
       } else {
-        x = LoadJoined<kSize>(static_cast<const T*>(args.x), elements, start);
-        dy = LoadJoined<kSize>(static_cast<const D*>(args.dy[0]), elements, start);
+        Packet<T, kSize> xs[1];
+        Packet<D, kSize> dys[1];
+        const auto here = [](int) { return 0; };
+        Joined<T, kSize>(static_cast<const T*>(args.x), elements, start).Load(kSize, here, xs);
+        Joined<D, kSize>(static_cast<const D*>(args.dy[0]), elements, start).Load(kSize, here, dys);
+        x = xs[0];
+        dy = dys[0];
       }
       const float rrms = args.rrms[row];
       float xs[kSize], dys[kSize], ones[kSize];
@@ -231,7 +237,7 @@ __global__ __launch_bounds__(
     }
     if (kScope == Scope::kBlock && threadIdx.x >= params.threads_per_row) return;  // for tiles alone
     if constexpr (!kAligned) {
-      DifferentiateWindows<T, kSize, kPackets, kScope>(params, cluster);
+      DifferentiateWindows<T, D, kSize, kPackets, kScope>(params, cluster);
     } else {
       DifferentiateRows<T, D, kSize, kPackets, kScope, kMore>(params, cluster);
     }

@@ -27,18 +27,15 @@ __global__ __launch_bounds__(kLanesThreads,
   const Rotary& rotary = args.rotary;
   const int hidden = static_cast<int>(args.shape.hidden);
   const int width = static_cast<int>(rotary.width);
-  const int64_t rows = args.shape.rows;
   const int threads = params.threads_per_row;
   const int slots = static_cast<int>(blockDim.x) / threads;
   const int slot = static_cast<int>(threadIdx.x) / threads;
   const int thread = static_cast<int>(threadIdx.x) - slot * threads;
   LaunchDependents();
   WaitForPrimary();
-  const int64_t elements = args.shape.groups * rows * hidden;
   const uint32_t ring_memory = SharedAddress(shared);
-  const PacketRing<T, kSize, true> x_ring(ring_memory, args.x, elements, threads);
-  const PacketRing<D, kSize, true> dy_ring(ring_memory + kPlaces * x_ring.Bytes(), args.dy[0], elements,
-                                           threads);
+  const PacketRing<T, kSize, false> x_ring(ring_memory, args.x);
+  const PacketRing<D, kSize, false> dy_ring(ring_memory + kPlaces * x_ring.Bytes(), args.dy[0]);
   const int column[kPackets] = {thread * kSize, (threads + thread) * kSize};
 
   const int64_t items = args.shape.groups * params.blocks_per_group;

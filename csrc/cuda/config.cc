@@ -1,15 +1,14 @@
 #include "config.h"
 
 #include <algorithm>
+#include <climits>
 #include <numeric>
-#include <utility>
 
 namespace jax_rmsnorm {
 namespace {
 
 constexpr int kWarp = 32;
 constexpr int64_t kFewBytes = 4 << 20;  // of x, where rows are few: one round of blocks, or hardly more
-constexpr int kMostBlocks = 16;         // of a cluster
 constexpr int64_t kMaxGrid = (int64_t{1} << 31) - 1;
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -21,6 +20,18 @@ constexpr int NextPowerOfTwo(int64_t n) {
 }
 
 constexpr int WholeWarps(int64_t threads) { return static_cast<int>(CeilDiv(threads, kWarp)) * kWarp; }
+
+int UsableSMs(const Device& device, int margin) { return std::max(1, device.sm_count - std::max(0, margin)); }
+
+// Blocks (or clusters) that run at the same time, a block an SM.
+int ResidentBlocks(const Device& device, int cluster, int margin) {
+  const int sms = UsableSMs(device, margin);
+  if (cluster == 1) return sms;
+  const int known = device.resident_clusters[cluster];
+  if (known > 0) return std::max(1, std::min(known, sms / cluster));
+  // Clusters live within a GPC of 16 or more SMs: counted in sixteens, every one of them finds a place.
+  return std::max(1, (sms >= 16 ? sms / 16 * 16 : sms) / cluster);
+}
 
 // Where a row is no longer than a warp's registers allow, part of a warp takes it.
 LaunchConfig Lanes(int64_t packets, int per_thread, int block) {
@@ -49,9 +60,36 @@ LaunchConfig Cluster(int64_t packets, int per_thread, int cluster) {
   return config;
 }
 
+// Packets of a row of one shift or another: wherever it begins, it fits into them.
+int64_t Windows(int64_t hidden, int width) { return CeilDiv(hidden - 1, width) + 1; }
+
+// Windows of a row for part of a warp, of up to `most` a lane, for which there are kernels (1 to 4, and 6):
+// as few as can be. A sum takes as many lanes as windows have elements.
+LaunchConfig WindowLanes(int64_t windows, int width, int most, int block) {
+  LaunchConfig best;
+  int least = INT_MAX;
+  for (const int per_thread : {6, 4, 3, 2, 1}) {
+    if (per_thread > most) continue;
+    LaunchConfig config = Lanes(windows, per_thread, block);
+    config.threads_per_row = std::max(config.threads_per_row, width);
+    if (config.threads_per_row > kWarp || per_thread * config.threads_per_row >= least) continue;
+    least = per_thread * config.threads_per_row;
+    best = config;
+  }
+  best.width = width;
+  return best;
+}
+
+// A slot that goes on by as many blocks, or a multiple of them, of `slots` each finds its rows of `hidden`
+// elements to lie alike in packets of `width`.
+int64_t BlocksAlike(int64_t hidden, int width, int64_t slots) {
+  const int64_t rows = width / std::gcd(hidden, int64_t{width});
+  return rows / std::gcd(rows, slots);
+}
+
 // A row that a block stages in shared memory.
 LaunchConfig Staged(int64_t hidden, int width, DType x) {
-  constexpr int64_t kLeast = 4;
+  constexpr int64_t kLeast = kStripWindows;
   const int64_t packets = CeilDiv(hidden, width);
   LaunchConfig config = Block(packets, static_cast<int>(std::max(kLeast, CeilDiv(packets, kMaxThreads))));
   config.method = Method::kStaged;
@@ -82,18 +120,19 @@ struct Ring {
   int64_t room;
   bool add = false;
 
-  // Shared memory of a block of `config`.
+  // Shared memory for one row of each slot of a block of `config`.
+  int64_t PlaceBytes(const LaunchConfig& config) const {
+    // Where rows are not aligned, and have several warps, each of those needs the packet behind its own.
+    const int packets = config.block + (aligned || config.scope == Scope::kLanes ? 0 : config.block / kWarp);
+    return config.packets * packets * packet_bytes;
+  }
+
+  // The same for all rows of the ring.
   int64_t Bytes(const LaunchConfig& config) const {
-    // Lanes of unaligned rows share packets, and need one more for every run of them.
-    const int run = std::min(config.threads_per_row, kWarp);
-    const int packets = config.block + (aligned ? 0 : config.block / run);
     const int ahead = config.rows > 1    ? kRotaryAhead[config.rows]
                       : config.ahead > 0 ? config.ahead
                                          : RowsAhead(config.scope, config.packets * access / 16, add);
-    const int rows = (ahead + 2) * config.rows;
-    // gamma's columns, and those of the packet before.
-    const int64_t table = aligned ? 0 : int64_t{2} * width * config.packets * config.threads_per_row * 4;
-    return rows * config.packets * packets * packet_bytes + table;
+    return (ahead + 2) * config.rows * PlaceBytes(config);
   }
 
   // A row for one block, if it has room.
@@ -140,47 +179,43 @@ LaunchConfig ForwardLayout(const Device& device, const Ring& ring, int64_t packe
 }
 
 // Rows that are not aligned to 16 bytes: in narrower packets, as far as rows are aligned to them and fit into
-// the registers of a block. Others are staged in shared memory, which is the fastest for many, or where they
-// are few, or too long for that, read as windows by a block or a cluster of them, which takes the least
-// time for one: columns belong to the same threads both ways, and sums are added up in the same order.
+// the registers of a block; others lie in windows. Those are in the registers of a block or less, or, longer
+// ones, staged in shared memory; where such rows are few, or too long for that, a cluster of blocks takes
+// the least time for one.
 LaunchConfig UnalignedForwardLayout(const Device& device, int64_t rows, int64_t hidden, int wide, DType x,
                                     int64_t room) {
-  constexpr int kFew = 4, kBlock = 128;
+  constexpr int kLanesBlock = kWindowsThreads<Scope::kLanes>;
   const auto narrow = static_cast<int>(std::gcd(hidden, int64_t{wide}));
   const int many = ForwardPackets(narrow, SizeOf(x));
-  const int64_t packets = hidden / narrow;
-  LaunchConfig config;
-  if (packets <= many * kWarp || (narrow > 1 && packets <= many * kMaxThreads)) {
-    config = packets <= kFew * kWarp   ? Lanes(packets, kFew, kBlock)
-             : packets <= many * kWarp ? Lanes(packets, many, kBlock)
-                                       : Block(packets, many);
+  const int64_t packets = hidden / narrow, windows = Windows(hidden, wide);
+  if (narrow > 1 && packets <= many * kMaxThreads) {
+    LaunchConfig config = packets <= kStripWindows * kWarp ? Lanes(packets, kStripWindows, kLanesBlock)
+                          : packets <= many * kWarp        ? Lanes(packets, many, kLanesBlock)
+                                                           : Block(packets, many);
     config.width = narrow;
     return config;
   }
-  const int64_t windows = CeilDiv(hidden - 1, wide) + 1;  // wherever the row begins
-  bool few = rows * hidden * SizeOf(x) <= kFewBytes;
+  LaunchConfig config;
+  const bool few = rows * hidden * SizeOf(x) <= kFewBytes;
+  if (windows <= kLaneWindows * kWarp) {
+    config = WindowLanes(windows, wide, kLaneWindows, kLanesBlock);
+    config.method = few ? Method::kWindows : Method::kRing;
+    return config;
+  }
+  if (windows <= kStripWindows * kWindowsThreads<Scope::kBlock>) {
+    config = Block(windows, kStripWindows);
+    config.method = few ? Method::kWindows : Method::kRing;
+    config.width = wide;
+    return config;
+  }
   config = Staged(hidden, wide, x);
-  if (windows > kFew * kMaxThreads) {
-    config.slices = ClusterFor(windows, kFew, kMaxThreads);
-    config.block = config.threads_per_row = kMaxThreads;
-    if (config.slices > kMostBlocks) return Loop();
-    // Two rounds of clusters end sooner than one of blocks.
-    few = few || rows * config.slices <= int64_t{2} * device.sm_count;
-    if (config.slices <= device.max_cluster && (few || config.shared_memory > room)) {
-      config.method = Method::kWindows;
-      config.scope = Scope::kCluster;
-      config.packets = kFew;
-      config.cluster = std::exchange(config.slices, 1);
-      config.shared_memory = 0;
-    }
-  } else if (few && windows <= kFew * config.threads_per_row) {
+  const int cluster = std::max(2, ClusterFor(windows, kStripWindows, kMaxThreads));
+  // Two rounds of clusters end sooner than one of blocks.
+  const bool two_rounds = rows * cluster <= int64_t{2} * device.sm_count;
+  if (cluster <= device.max_cluster && (few || two_rounds || config.shared_memory > room)) {
+    config = Cluster(windows, kStripWindows, cluster);
     config.method = Method::kWindows;
-    config.shared_memory = 0;
-    if (config.threads_per_row == kWarp) {
-      config.scope = Scope::kLanes;
-      config.packets = windows <= 2 * kWarp ? 2 : kFew;
-      config.block = kBlock;
-    }
+    config.width = wide;
   }
   return config.shared_memory <= room ? config : Loop();
 }
@@ -210,21 +245,38 @@ LaunchConfig RotaryLayout(int64_t hidden, int64_t width, const Fused& fused, int
   return config;
 }
 
-// Rows of one dtype that are not aligned to 16 bytes: in packets of 8 where they are aligned to these, else
-// in packets of 16 that are joined.
-LaunchConfig UnalignedBackwardLayout(const Device& device, Ring* ring, int64_t hidden) {
-  int per_thread = 2;
-  int64_t packets = CeilDiv(hidden, ring->width) + 1;  // that cover a row wherever it begins
+// Rows that are not aligned to 16 bytes: in packets of 8 where they are aligned to these and of one dtype,
+// else in windows.
+LaunchConfig UnalignedBackwardLayout(const Device& device, Ring* ring, int64_t hidden, bool one_dtype,
+                                     int margin) {
   const int narrow = ring->width / 2;
-  if (hidden % narrow == 0) {
-    per_thread = 4;
-    packets = hidden / narrow;
+  if (one_dtype && hidden % narrow == 0) {
+    constexpr int kPerThread = 4;
+    const int64_t packets = hidden / narrow;
     *ring = {ring->packet_bytes / 2, ring->access / 2, true, narrow, ring->room};
+    if (packets <= kPerThread * kWarp) return Lanes(packets, kPerThread, kWarp);
+    LaunchConfig config;
+    if (ring->PlaceBlock(packets, kPerThread, &config)) return config;
+    return ring->PlaceCluster(device, packets, kPerThread);
   }
-  if (packets <= per_thread * kWarp) return Lanes(packets, per_thread, kWarp);
-  LaunchConfig config;
-  if (ring->PlaceBlock(packets, per_thread, &config)) return config;
-  return ring->PlaceCluster(device, packets, per_thread);
+  constexpr int kPerThread = 3;
+  const int64_t windows = Windows(hidden, ring->width);
+  if (windows <= kPerThread * kWarp) return WindowLanes(windows, ring->width, kPerThread, kWarp);
+  LaunchConfig config = Block(windows, kPerThread);
+  if (config.block <= kMaxThreads && ring->Bytes(config) <= ring->room) return config;
+  // Of the clusters that are large enough those that keep most SMs busy, by a number of them that finds rows
+  // to lie alike.
+  const int alike = static_cast<int>(BlocksAlike(hidden, ring->width, 1));
+  LaunchConfig best = Loop();
+  int most = -1;
+  for (int cluster = 2; cluster <= device.max_cluster; ++cluster) {
+    config = Cluster(windows, kPerThread, cluster);
+    if (config.block > kMaxThreads || ring->Bytes(config) > ring->room) continue;
+    const int busy = ResidentBlocks(device, cluster, margin) / alike * alike * cluster;
+    if (busy > most) best = config;
+    most = std::max(most, busy);
+  }
+  return best;
 }
 
 LaunchConfig BackwardLayout(const Device& device, const Ring& ring, int64_t packets) {
@@ -269,24 +321,10 @@ void TileDgamma(const Device& device, const Shape& shape, LaunchConfig* config) 
   config->tiles = tiles(packets);
 }
 
-int UsableSMs(const Device& device, int margin) { return std::max(1, device.sm_count - std::max(0, margin)); }
-
-// Blocks (or clusters) that run at the same time, a block an SM.
-int ResidentBlocks(const Device& device, int cluster, int margin) {
-  const int sms = UsableSMs(device, margin);
-  if (cluster == 1) return sms;
-  int log2 = 0;
-  while (1 << (log2 + 1) < cluster) ++log2;
-  const int known = device.resident_clusters[log2];
-  if (known > 0) return std::max(1, std::min(known, sms / cluster));
-  // Clusters live within a GPC of 16 or more SMs: counted in sixteens, every one of them finds a place.
-  return std::max(1, (sms >= 16 ? sms / 16 * 16 : sms) / cluster);
-}
-
 }  // namespace
 
-LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x, Alignment alignment,
-                              int margin, const Fused& fused) {
+LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x, DType gamma,
+                              Alignment alignment, int margin, const Fused& fused) {
   // Packets of a row that a block of ForwardKernel can have and be no more than a quarter of an SM. Where
   // there are no more rows than SMs, longer ones have an SM each, and the same bits without the way through
   // shared memory.
@@ -318,16 +356,21 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
   config.aligned = ring.aligned;
   config.most_shared_memory = room;
   const int64_t slots = config.block / config.threads_per_row;
-  if (config.method == Method::kRing) {
+  if (config.method == Method::kRing && ring.aligned) {
     const int64_t resident = ResidentBlocks(device, config.cluster, margin);
     config.blocks_per_group = std::max<int64_t>(
         1, std::min(CeilDiv(shape.rows, slots), resident / std::max<int64_t>(1, shape.groups)));
     config.grid = std::min(resident, config.blocks_per_group * shape.groups) * config.cluster;
   } else {  // the hardware scheduler deals out the rows, unless SMs are to be left alone
-    const int64_t most = margin > 0 ? UsableSMs(device, margin) : kMaxGrid;
-    config.grid = std::min(CeilDiv(shape.groups * shape.rows, slots * config.rows),
-                           std::max<int64_t>(1, most / config.cluster)) *
-                  config.cluster;
+    int64_t most = std::max<int64_t>(1, (margin > 0 ? UsableSMs(device, margin) : kMaxGrid) / config.cluster);
+    if (config.method == Method::kRing) {  // rows that are not aligned, in several blocks an SM
+      config.shared_memory = 2 * ring.PlaceBytes(config);
+      const int threads = WindowsPerSM(SizeOf(gamma) > SizeOf(x), config.packets);
+      if (margin == 0) most = int64_t{device.sm_count} * (threads / config.block);
+      const int64_t alike = BlocksAlike(shape.hidden, width, slots);
+      if (most > alike) most = most / alike * alike;
+    }
+    config.grid = std::min(CeilDiv(shape.groups * shape.rows, slots * config.rows), most) * config.cluster;
     config.dependent = device.dependent_launch;
   }
   return config;
@@ -346,8 +389,8 @@ LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x
     config = RotaryLayout(shape.hidden, width, fused, kWarp);
   } else if (aligned) {
     config = BackwardLayout(device, ring, shape.hidden / width);
-  } else if (alignment == Alignment::kTensors && x == dy && !add) {
-    config = UnalignedBackwardLayout(device, &ring, shape.hidden);
+  } else if (alignment == Alignment::kTensors && !add) {
+    config = UnalignedBackwardLayout(device, &ring, shape.hidden, x == dy, margin);
   } else {
     config = Loop();
   }
@@ -371,7 +414,10 @@ LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x
     return config;
   }
 
-  if (config.scope != Scope::kLoop) ring.Fill(&config, lanes ? kLanesThreads : kMaxThreads);
+  // Blocks of more registers for windows, if they hold as many rows.
+  const bool fewer = lanes || (!ring.aligned && (kLanesThreads / config.threads_per_row) ==
+                                                    (kMaxThreads / config.threads_per_row));
+  if (config.scope != Scope::kLoop) ring.Fill(&config, fewer ? kLanesThreads : kMaxThreads);
   const int64_t slots = config.block / config.threads_per_row;
   if (slots > 1) {
     // At the end the slots of a block add up their columns of dgamma in shared memory.
@@ -380,8 +426,16 @@ LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x
   const int64_t resident = ResidentBlocks(device, config.cluster, margin);
   const int64_t items = CeilDiv(shape.rows, slots * config.rows);
   const int64_t wanted = std::max<int64_t>(1, resident / std::max<int64_t>(1, shape.groups));
-  config.blocks_per_group =
-      std::max<int64_t>(1, std::min({items, wanted, partial_rows == 0 ? shape.rows : partial_rows}));
+  const int64_t most = partial_rows == 0 ? shape.rows : partial_rows;
+  config.blocks_per_group = std::max<int64_t>(1, std::min({items, wanted, most}));
+  const bool windows = config.scope != Scope::kLoop && !ring.aligned;
+  if (windows && config.blocks_per_group < items) {
+    const int64_t alike = BlocksAlike(shape.hidden, ring.width, slots);
+    config.blocks_per_group = std::min(items, std::max(alike, config.blocks_per_group / alike * alike));
+    if (config.blocks_per_group > most) {  // not what JAX's side asks for
+      return ConfigureBackward(device, shape, x, dy, Alignment::kNone, partial_rows, margin, fused);
+    }
+  }
   config.grid = std::min(resident, config.blocks_per_group * shape.groups) * config.cluster;
   return config;
 }

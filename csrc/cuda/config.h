@@ -18,10 +18,11 @@ enum class Scope : int32_t {
 
 // How a kernel gets at its rows.
 enum class Method : int32_t {
-  kPlain,    // straight into registers; the hardware deals out blocks of one row, or of a few
-  kStaged,   // the same by way of shared memory: long rows, and those aligned to no packet
-  kRing,     // persistent blocks, one an SM, fed by asynchronous copies
-  kWindows,  // straight into registers, rows that lie anywhere in their packets
+  kPlain,   // straight into registers; the hardware deals out blocks of one row, or of a few
+  kStaged,  // the same by way of shared memory: long rows
+  kRing,    // persistent blocks, fed by asynchronous copies: one an SM, or several where the forward has rows
+            // that are not aligned
+  kWindows,  // few rows that are not aligned, straight into registers
   kFew,      // backward: tiles of dgamma and rows of dx side by side
 };
 
@@ -33,6 +34,7 @@ enum class Alignment : int32_t {
 };
 
 constexpr int kMaxThreads = 512;  // a block, at up to 128 registers each
+constexpr int kMaxCluster = 16;   // blocks
 
 constexpr int kLanesThreads =
     384;                          // a block of a persistent backward of several rows: the fastest on an H200
@@ -43,7 +45,7 @@ constexpr int kFusedThreads = 256;  // a block of the fused forward kernels, at 
 // 16 bytes of the narrowest operand: some 64 KiB an SM. More bytes in flight make the memory slower. With an
 // addend there are more operands, and a cluster's rows are longest.
 constexpr int RowsAhead(Scope scope, int units, bool add = false) {
-  constexpr int kRows[3][5] = {{0, 2, 2, 2, 1}, {0, 0, 2, 0, 1}, {0, 0, 2, 2, 1}};
+  constexpr int kRows[3][5] = {{0, 2, 2, 2, 1}, {0, 0, 2, 2, 1}, {0, 0, 2, 2, 1}};
   return scope == Scope::kCluster && add ? 1 : kRows[static_cast<int>(scope)][units];
 }
 
@@ -54,9 +56,18 @@ constexpr int kRowsAhead = RowsAhead(kScope, kUnits, kAdd);
 // A forward cluster's blocks of no more threads copy two rows ahead.
 constexpr int kSmallBlock = 320;
 
-// Shared memory for a row, which may begin and end within a packet of 16 bytes and is read one packet
-// further.
-constexpr int64_t StageBytes(int64_t bytes) { return (bytes + 15) / 16 * 16 + 2 * 16; }
+// Shared memory for a row, which may begin and end within a packet of 16 bytes.
+constexpr int64_t StageBytes(int64_t bytes) { return (bytes + 15) / 16 * 16 + 16; }
+
+// Forward kernels of rows that are not aligned: the windows of a lane, where several warps have the row, and
+// at the most where one has it or part of one; the threads of a block; and those that an SM has place for.
+constexpr int kStripWindows = 4;
+constexpr int kLaneWindows = 6;
+template <Scope kScope>
+constexpr int kWindowsThreads = kScope == Scope::kLanes   ? 128
+                                : kScope == Scope::kBlock ? 256
+                                                          : kMaxThreads;
+constexpr int WindowsPerSM(bool wide_gamma, int windows) { return wide_gamma || windows > 4 ? 512 : 768; }
 
 // Of a row that a thread of the plain forward kernel holds where it takes no more than the row needs.
 constexpr int kForwardBytes = 64;
@@ -84,8 +95,8 @@ struct Device {
   int shared_memory = 0;          // bytes that one block can have, and (about) all that an SM has
   int max_cluster = 1;            // 1: the device, or the code compiled for it, has no clusters
   bool dependent_launch = false;  // programmatic dependent launch, likewise
-  // Clusters of 2, 4, 8 and 16 blocks that can run at the same time, a block an SM; 0: not known.
-  int resident_clusters[4] = {};
+  // Clusters of so many blocks that can run at the same time, a block an SM; 0: not known.
+  int resident_clusters[kMaxCluster + 1] = {};
 };
 
 // What the configuration must know of a fused operation.
@@ -108,7 +119,6 @@ struct LaunchConfig {
   int block = 32;                  // threads a block
   int cluster = 1;                 // blocks a row
   int ahead = 0;                   // rows that a ring copies ahead; 0: as RowsAhead says
-  int slices = 1;                  // kStaged: of the row, added up as by the blocks of so large a cluster
   int64_t grid = 0;                // blocks; a multiple of `cluster`
   bool dependent = false;          // launched while the stream's last kernel ends, which it waits for
   int64_t tiles = 0;               // kFew: of a group's dgamma
@@ -118,11 +128,11 @@ struct LaunchConfig {
   int64_t most_shared_memory = 0;  // that a launch may ask for: the same for all, see LaunchKernel
 };
 
-// `margin`: SMs to leave alone. The mapping of elements to threads depends on hidden, dtypes, alignment and
-// the number of gradients only, never on the number of rows, the device or the margin: a row's bits are the
-// same in every batch.
-LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x, Alignment alignment,
-                              int margin, const Fused& fused = {});
+// `margin`: SMs to leave alone. The mapping of elements to threads (of rows that are not aligned: to strips,
+// see unaligned.cuh) depends on hidden, dtypes, alignment and the number of gradients only, never on the
+// number of rows, the device or the margin: a row's bits are the same in every batch.
+LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x, DType gamma,
+                              Alignment alignment, int margin, const Fused& fused = {});
 
 LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x, DType dy,
                                Alignment alignment, int64_t partial_rows, int margin,

@@ -7,6 +7,7 @@
 #include "forward_ring.cuh"
 #include "forward_rotary.cuh"
 #include "forward_staged.cuh"
+#include "forward_window_ring.cuh"
 #include "forward_windows.cuh"
 
 namespace jax_rmsnorm {
@@ -192,10 +193,37 @@ auto FindForwardStaged(const LaunchConfig& config) -> void (*)(ForwardParams) {
 
 template <typename T, typename G>
 auto FindForwardWindows(const LaunchConfig& config) -> void (*)(ForwardParams) {
-  if (config.scope == Scope::kCluster) return ForwardWindowsKernel<T, G, 4, Scope::kCluster>;
-  if (config.scope == Scope::kBlock) return ForwardWindowsKernel<T, G, 4, Scope::kBlock>;
-  return config.packets == 2 ? ForwardWindowsKernel<T, G, 2, Scope::kLanes>
-                             : ForwardWindowsKernel<T, G, 4, Scope::kLanes>;
+  if (config.scope == Scope::kCluster) return ForwardWindowsKernel<T, G, kStripWindows, Scope::kCluster>;
+  if (config.scope == Scope::kBlock) return ForwardWindowsKernel<T, G, kStripWindows, Scope::kBlock>;
+  switch (config.packets) {
+    case 1:
+      return ForwardWindowsKernel<T, G, 1, Scope::kLanes>;
+    case 2:
+      return ForwardWindowsKernel<T, G, 2, Scope::kLanes>;
+    case 3:
+      return ForwardWindowsKernel<T, G, 3, Scope::kLanes>;
+    case 4:
+      return ForwardWindowsKernel<T, G, 4, Scope::kLanes>;
+    default:
+      return ForwardWindowsKernel<T, G, kLaneWindows, Scope::kLanes>;
+  }
+}
+
+template <typename T, typename G>
+auto FindForwardWindowRing(const LaunchConfig& config) -> void (*)(ForwardParams) {
+  if (config.scope == Scope::kBlock) return ForwardWindowRingKernel<T, G, kStripWindows, Scope::kBlock>;
+  switch (config.packets) {
+    case 1:
+      return ForwardWindowRingKernel<T, G, 1, Scope::kLanes>;
+    case 2:
+      return ForwardWindowRingKernel<T, G, 2, Scope::kLanes>;
+    case 3:
+      return ForwardWindowRingKernel<T, G, 3, Scope::kLanes>;
+    case 4:
+      return ForwardWindowRingKernel<T, G, 4, Scope::kLanes>;
+    default:
+      return ForwardWindowRingKernel<T, G, kLaneWindows, Scope::kLanes>;
+  }
 }
 
 template <typename T>
@@ -219,17 +247,16 @@ auto FindForward(const LaunchConfig& config, const ForwardArgs& args) -> void (*
   if (config.scope == Scope::kLoop) {
     return config.aligned ? ForwardLoopKernel<T, G, kSize> : ForwardLoopKernel<T, G, 1>;
   }
-  if (config.method == Method::kRing) return FindForwardRing<T>(config);
+  if (config.method == Method::kRing) {
+    return config.aligned ? FindForwardRing<T>(config) : FindForwardWindowRing<T, G>(config);
+  }
   if (config.method == Method::kWindows) return FindForwardWindows<T, G>(config);
   if (config.method == Method::kStaged) return FindForwardStaged<T, G>(config);
   if (FusionOf(args) == Fusion::kRotary) return FindForwardRotary<T, G>(config, args.rotary.interleaved);
   if (FusionOf(args) == Fusion::kAdd) return FindForwardAdd<T, G>(config, args.addend_dtype);
   if (config.width == kSize) return FindForwardPlain<T, G, void, kSize>(config);
   if (config.width == kSize / 2) return FindForwardPlain<T, G, void, kSize / 2>(config);
-  if (kSize > 4 && config.width == kSize / 4) return FindForwardPlain<T, G, void, kSize / 4>(config);
-  constexpr int kMany = ForwardPackets(1, sizeof(T));
-  return config.packets == 4 ? ForwardKernel<T, G, void, 1, 4, Scope::kLanes>
-                             : ForwardKernel<T, G, void, 1, kMany, Scope::kLanes>;
+  return FindForwardPlain<T, G, void, kSize == 4 ? 2 : kSize / 4>(config);
 }
 
 template <typename T>
@@ -241,7 +268,6 @@ cudaError_t LaunchForwardAs(const ForwardArgs& args, const LaunchConfig& config,
                              config.threads_per_row,
                              (rows + slots - 1) / slots,
                              config.blocks_per_group,
-                             config.slices,
                              RotaryPlaces(args.rotary)};
   const DType gamma_dtype = args.gamma == nullptr ? args.x_dtype : args.gamma_dtype;
   return DispatchTypeBeside<T>(gamma_dtype, [&](auto gamma) {

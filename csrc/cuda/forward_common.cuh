@@ -17,7 +17,6 @@ struct ForwardParams {
   int threads_per_row;
   int64_t items;             // of ForwardKernel: rows, or runs of rows where a block takes several
   int64_t blocks_per_group;  // of ForwardRingKernel
-  int slices;                // of ForwardStagedKernel: see LaunchConfig
   RotaryPlaces places;       // of ForwardRotaryKernel
 };
 

@@ -21,7 +21,6 @@ __global__ __launch_bounds__(kMaxThreads,
   const ForwardArgs& args = params.args;
   const Arithmetic& arithmetic = args.arithmetic;
   const int hidden = static_cast<int>(args.shape.hidden);
-  const int64_t rows = args.shape.rows;
   const int threads = params.threads_per_row;
   const ClusterPlace<kScope> place;
   const int slots = kScope == Scope::kCluster ? 1 : static_cast<int>(blockDim.x) / threads;
@@ -30,8 +29,7 @@ __global__ __launch_bounds__(kMaxThreads,
   SplitRowSum<kScope> row_sum(sum_memory, threads, slot, thread);
   LaunchDependents();
   WaitForPrimary();
-  const int64_t elements = args.shape.groups * rows * hidden;
-  const PacketRing<T, kSize, true> ring(SharedAddress(shared), args.x, elements, threads);
+  const PacketRing<T, kSize, false> ring(SharedAddress(shared), args.x);
 
   int column[kPackets];
 #pragma unroll

@@ -1,15 +1,14 @@
-// The forward kernel that stages its row in shared memory: rows too long for the registers of a small block,
-// and rows that are not aligned.
+// The forward kernel that stages its row in shared memory: rows too long for the registers of a small block.
 #pragma once
 
 #include "forward_common.cuh"
 
 namespace jax_rmsnorm {
 
-// Grid: a block a row, rows dealt out with the grid as stride. Sums are taken by columns, so that a row has
-// the same bits wherever it lies; what is written follows the packets of the result, which lie as those of x.
-// With `slices` the columns' sums are added up as by a cluster of so many blocks, each with a slice of the
-// row.
+// Grid: a block a row, rows dealt out with the grid as stride.
+//
+// Rows that are not aligned lie in windows, which are dealt out to the warps in strips. Their sums are added
+// up as ForwardWindowsKernel does in a cluster.
 //
 // Preconditions: the tensors are aligned to 16 bytes, with kAligned all rows too; the row fits into the
 // shared memory, StageBytes of it.
@@ -17,18 +16,17 @@ template <typename T, typename G, bool kAligned>
 __global__ __launch_bounds__(kMaxThreads, kAligned || sizeof(G) < 4 ? 3 : 2) void ForwardStagedKernel(
     const __grid_constant__ ForwardParams params) {
   constexpr int kSize = 16 / sizeof(T);
+  using StripOfWarp = Strip<kSize, kStripWindows, true>;
+  constexpr int kStripSize = kStripWindows * 32 * kSize;
   extern __shared__ uint4 shared[];
   const ForwardArgs& args = params.args;
   const Arithmetic& arithmetic = args.arithmetic;
   const T* x = static_cast<const T*>(args.x);
   const int hidden = static_cast<int>(args.shape.hidden);
-  const int64_t elements = params.items * hidden;
   const int first = static_cast<int>(threadIdx.x) * kSize;
   const int step = static_cast<int>(blockDim.x) * kSize;
   const uint32_t memory = SharedAddress(shared);
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int warps = static_cast<int>(blockDim.x) / 32;
-  __shared__ float slice_sums[kAligned ? 1 : kMaxCluster * kMaxWarps];
+  __shared__ float strip_sums[kAligned ? 1 : kMaxCluster * kMaxWarps];
   RowSum<Scope::kBlock> row_sum(blockDim.x);
   LaunchDependents();
   WaitForPrimary();
@@ -44,8 +42,8 @@ __global__ __launch_bounds__(kMaxThreads, kAligned || sizeof(G) < 4 ? 3 : 2) voi
   for (int64_t row = blockIdx.x; row < params.items; row += gridDim.x) {
     const int64_t start = row * hidden;
     const int shift = kAligned ? 0 : static_cast<int>(start & (kSize - 1));
-    const int64_t base = start - shift;
-    const bool inside = kAligned || base + shift + hidden + kSize <= elements;
+    const int stop = shift + hidden;
+    const T* windows = x + start - shift;
     if (kAligned && args.addend != nullptr) {
 #pragma unroll 4
       for (int column = first; column < hidden; column += step) {
@@ -55,58 +53,70 @@ __global__ __launch_bounds__(kMaxThreads, kAligned || sizeof(G) < 4 ? 3 : 2) voi
         StoreShared<16>(address(column), packet.registers);
       }
     } else {
+      const int whole = stop / kSize * kSize;
 #pragma unroll 4
-      for (int at = first; at < shift + hidden; at += step) {
-        if (inside) {
-          CopyAsync<16>(address(at), x + base + at);
-        } else {
-          StoreShared<16>(address(at), Window<T, kSize>(x, base + at, elements).Load(0).registers);
-        }
-      }
+      for (int at = first; at < whole; at += step) CopyAsync<16>(address(at), windows + at);
       CommitCopies();
+      if (!kAligned && threadIdx.x == 0 && whole < stop) {
+        StoreShared<16>(address(whole), LoadPart<kSize>(windows + whole, stop - whole).registers);
+      }
       WaitCopies<0>();
     }
-    if constexpr (!kAligned) __syncthreads();  // aligned: each thread reads what it copied
 
-    // Of the thread's columns from `from` on, `stride` apart.
-    const auto sum_columns = [&](int from, int stride) {
-      float sum = 0.0f;
+    float sum = 0.0f;
+    if constexpr (kAligned) {  // each thread reads what it copied
 #pragma unroll 4
-      for (int column = from; column < hidden; column += stride) {
+      for (int column = first; column < hidden; column += step) {
         float values[kSize];
-        if constexpr (kAligned) {
-          read(column).Get(values);
-        } else {
-          Join(read(column), read(column + kSize), shift).Get(values);
-          ZeroBeyond(hidden, column, values);
-        }
+        read(column).Get(values);
         sum += SumOfSquares(values);
       }
-      return sum;
-    };
-    float sum = 0.0f;
-    if (kAligned || params.slices == 1) {
-      sum = row_sum(sum_columns(first, step));
+      sum = row_sum(sum);
     } else {
-      for (int slice = 0; slice < params.slices; ++slice) {
-        const float part = SumWarp(sum_columns(first + slice * step, params.slices * step));
-        if (lane == 0) slice_sums[slice * warps + warp] = part;
+      __syncthreads();
+      const int lane = static_cast<int>(threadIdx.x) % 32, warps = static_cast<int>(blockDim.x) / 32;
+      const int strips = (stop + kStripSize - 1) / kStripSize;
+      for (int s = static_cast<int>(threadIdx.x) / 32; s < strips; s += warps) {
+        const StripOfWarp strip(s * kStripSize, 32, lane);
+        const auto window = [&](int k) {
+          Packet<T, kSize> packet;
+          packet.SetZero();
+          if (strip.At(k) < stop) packet = read(strip.At(k));
+          return packet;
+        };
+        CircleSum<kSize, kStripWindows> circle;
+#pragma unroll
+        for (int k = 0; k < kStripWindows; ++k) {
+          Packet<T, kSize> packet = window(k);
+          if (k == 0) ReplaceHead(strip.Head(shift), window(kStripWindows), &packet);
+          float values[kSize];
+          packet.Get(values);
+          circle.template AddSquares<sizeof(T) == 2>(k, values);
+        }
+        const float part = circle.Over(32);
+        if (lane == 0) strip_sums[s] = part;
       }
       __syncthreads();
-      for (int i = lane; i < params.slices * warps; i += 32) sum += slice_sums[i];
-      sum = SumWarp(sum);
+      sum = SumMany(SharedAddress(strip_sums), strips);
     }
     const float rrms = rsqrtf(sum * params.inverse_hidden + arithmetic.eps);
     if (args.rrms != nullptr && threadIdx.x == 0) args.rrms[row] = rrms;
 
-    const int64_t gamma_start = GammaRow(args.shape, row) * hidden;
+    const int64_t gamma_start = GammaRow(args.shape, row) * hidden - shift;
+    [[maybe_unused]] const auto joined_gamma = JoinedGamma<G, kSize>(args, gamma_start);
 #pragma unroll 2
-    for (int at = first; at < shift + hidden; at += step) {
-      const int column = at - shift;
+    for (int at = first; at < stop; at += step) {
       float values[kSize], gamma[kSize], y[kSize];
-      LoadGammaAs<G, kAligned>(args, gamma_start, column, gamma);
+      if constexpr (kAligned) {
+        LoadGammaAs<G>(args, gamma_start, at, gamma);
+      } else {
+        Packet<G, kSize> packet[1];
+        joined_gamma.Load(stop, [&](int) { return at; }, packet);
+        GetGamma(packet[0], args.gamma != nullptr, arithmetic.zero_centered_gamma, gamma);
+      }
       read(at).Get(values);
       Normalize<T>(values, rrms, gamma, arithmetic.round_before_gamma, y);
+      const int column = at - shift;
       if constexpr (kAligned) {
         StoreAs<T>(args.y_dtype, args.y, start + column, y);
       } else {

@@ -1,20 +1,20 @@
-// The forward kernel of rows that do not begin at multiples of 16 bytes, and that the registers of a block,
-// or of a cluster of blocks, hold.
+// The forward kernel of few rows that do not begin at multiples of 16 bytes, and that the registers of a
+// block, or of a cluster of blocks, hold.
 #pragma once
 
 #include "forward_common.cuh"
 
 namespace jax_rmsnorm {
 
-// Grid: as of ForwardKernel. A row lies in aligned packets, its windows, the first of which begins `shift`
-// elements before it. A thread has a few of them, each with the next one, out of which it joins the columns
-// that it adds up: the sum does not depend on where the row lies. What it writes are its windows.
+// Grid: as of ForwardKernel. A row lies in aligned packets, its windows. A thread reads a few of them, each
+// with the next one, and adds up the columns that it joins out of the two, which takes no shared memory and
+// no more loads than can be under way at once; what it writes are its windows.
 //
 // Preconditions: the tensors are aligned to 16 bytes; the row fits wherever it begins, hidden + kSize - 1 <=
-// kSize * kPackets * threads_per_row * blocks of the cluster.
+// kSize * kPackets * threads_per_row * blocks of the cluster; kSize <= threads_per_row.
 template <typename T, typename G, int kPackets, Scope kScope>
 __global__ __launch_bounds__(
-    kScope == Scope::kLanes ? 128 : kMaxThreads,
+    kWindowsThreads<kScope>,
     kScope == Scope::kLanes ? 4 : 1) void ForwardWindowsKernel(const __grid_constant__ ForwardParams params) {
   constexpr int kSize = 16 / sizeof(T);
   constexpr bool kEarlyGamma = kPackets * Packet<G, kSize>::kRegisters <= 16;
@@ -27,12 +27,12 @@ __global__ __launch_bounds__(
   const int slot = kScope == Scope::kLanes ? static_cast<int>(threadIdx.x) / threads : 0;
   const int thread = static_cast<int>(threadIdx.x) - slot * threads;
   const ClusterPlace<kScope> place;
+  const auto strip = StripOf<kSize, kPackets, kScope>(threads, thread, place);
   WholeRowSum<kScope> row_sum(threads, thread);
   LaunchDependents();
   WaitForPrimary();
 
-  // Where this thread's windows begin, from the row's first one on.
-  const auto at = [&](int k) { return ((k * place.blocks + place.rank) * threads + thread) * kSize; };
+  const auto at = [&](int k) { return strip.At(k); };
   const float gamma_offset = args.gamma == nullptr || arithmetic.zero_centered_gamma ? 1.0f : -0.0f;
 
   int64_t item = blockIdx.x / place.blocks;
@@ -43,35 +43,35 @@ __global__ __launch_bounds__(
     const int shift = static_cast<int>(start & (kSize - 1));
     const int stop = live ? shift + hidden : 0;
 
-    Packet<T, kSize> windows[kPackets], next[kPackets];
-    LoadPairs(static_cast<const T*>(args.x), rows * hidden, start - shift, stop, at, windows, next);
+    const Joined<T, kSize> columns(static_cast<const T*>(args.x), rows * hidden, start);
+    typename Joined<T, kSize>::Pieces windows[kPackets];
+    columns.LoadPieces(stop, at, windows);
 
+    const Joined<G, kSize> joined_gamma =
+        JoinedGamma<G, kSize>(args, GammaRow(args.shape, row) * hidden - shift);
     Packet<G, kSize> gammas[kPackets];
-    const auto load_gammas = [&] {
-      LoadGammaPackets(args, GammaRow(args.shape, row) * hidden - shift, stop, at, gammas);
-    };
-    if constexpr (kEarlyGamma) load_gammas();
+    if constexpr (kEarlyGamma) joined_gamma.Load(stop, at, gammas);
 
-    float sum = 0.0f;
+    CircleSum<kSize, kPackets> circle;
 #pragma unroll
     for (int k = 0; k < kPackets; ++k) {
       float values[kSize];
-      Join(windows[k], next[k], shift).Get(values);
-      ZeroBeyond(hidden, at(k), values);
-      sum += SumOfSquares(values);
+      columns.Join(windows[k]).Get(values);
+      ZeroOutside(live ? hidden : 0, at(k), values);
+      circle.template AddSquares<sizeof(T) == 2>(k, values);
     }
-    sum = row_sum(sum);
+    const float sum = row_sum.OfWarps(circle.Over(strip.lanes()));
     if (!live) continue;
     const float rrms = rsqrtf(sum * params.inverse_hidden + arithmetic.eps);
     if (args.rrms != nullptr && thread == 0 && place.rank == 0) args.rrms[row] = rrms;
 
-    if constexpr (!kEarlyGamma) load_gammas();
+    if constexpr (!kEarlyGamma) joined_gamma.Load(stop, at, gammas);
     WithTypeBeside<T>(args.y_dtype, [&](auto tag) {
       using Y = decltype(tag);
 #pragma unroll
       for (int k = 0; k < kPackets; ++k) {
         float values[kSize], scale[kSize], y[kSize];
-        windows[k].Get(values);
+        windows[k][0].Get(values);
         gammas[k].Get(scale);
 #pragma unroll
         for (int i = 0; i < kSize; ++i) scale[i] += gamma_offset;

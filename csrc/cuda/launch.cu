@@ -113,12 +113,12 @@ void CountResidentClusters(Device* device) {
   device->max_cluster = 1;
   cudaFuncSetAttribute(FinishKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   cudaFuncSetAttribute(FinishKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  for (int i = 0; i < 4 && 2 << i <= wanted; ++i) {
+  for (int size = 2; size <= wanted; ++size) {
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {2u << i, 1, 1};
+    attribute.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
     cudaLaunchConfig_t launch{};
-    launch.gridDim = dim3(2u << i);
+    launch.gridDim = dim3(static_cast<unsigned>(size));
     launch.blockDim = dim3(512);
     launch.dynamicSmemBytes = static_cast<size_t>(shared);
     launch.attrs = &attribute;
@@ -126,8 +126,8 @@ void CountResidentClusters(Device* device) {
     int count = 0;
     const cudaError_t error = cudaOccupancyMaxActiveClusters(&count, FinishKernel, &launch);
     if (error != cudaSuccess || count < 1) break;
-    device->resident_clusters[i] = count;
-    device->max_cluster = 2 << i;
+    device->resident_clusters[size] = count;
+    device->max_cluster = size;
   }
   (void)cudaGetLastError();  // sizes that do not fit are no error of the caller's
 }
@@ -181,7 +181,8 @@ cudaError_t LaunchForward(const ForwardArgs& args, int margin, cudaStream_t stre
     error = CheckRotary(shape, args.rotary, alignment, SizeOf(args.x_dtype), fused, false);
     if (error != cudaSuccess) return error;
   }
-  const LaunchConfig config = ConfigureForward(device, shape, args.x_dtype, alignment, margin, fused);
+  const DType gamma = args.gamma == nullptr ? args.x_dtype : args.gamma_dtype;
+  const LaunchConfig config = ConfigureForward(device, shape, args.x_dtype, gamma, alignment, margin, fused);
   return DispatchType(args.x_dtype,
                       [&](auto x) { return LaunchForwardAs<decltype(x)>(args, config, stream); });
 }

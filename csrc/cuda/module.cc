@@ -56,7 +56,6 @@ nb::dict ToDict(const LaunchConfig& config) {
   dict["threads_per_row"] = config.threads_per_row;
   dict["block"] = config.block;
   dict["cluster"] = config.cluster;
-  dict["slices"] = config.slices;
   dict["grid"] = config.grid;
   dict["dependent"] = config.dependent;
   dict["tiles"] = config.tiles;
@@ -67,11 +66,11 @@ nb::dict ToDict(const LaunchConfig& config) {
   return dict;
 }
 
-nb::dict ForwardConfig(int64_t rows, int64_t hidden, const std::string& x, const std::string& alignment,
-                       int sm_count, int shared_memory, int max_cluster, int margin,
-                       const std::string& fusion, int64_t rotary_width, bool interleaved) {
+nb::dict ForwardConfig(int64_t rows, int64_t hidden, const std::string& x, const std::string& gamma,
+                       const std::string& alignment, int sm_count, int shared_memory, int max_cluster,
+                       int margin, const std::string& fusion, int64_t rotary_width, bool interleaved) {
   return ToDict(ConfigureForward({sm_count, shared_memory, max_cluster, max_cluster > 1}, {1, rows, hidden},
-                                 ParseDType(x), ParseAlignment(alignment), margin,
+                                 ParseDType(x), ParseDType(gamma), ParseAlignment(alignment), margin,
                                  ParseFused(fusion, rotary_width, interleaved)));
 }
 
@@ -119,8 +118,9 @@ NB_MODULE(_cuda, m) {
       "The benchmark's copy kernels, for register_ffi_target.");
   m.attr("roof_variants") = rms::kRoofVariants;
   m.def("forward_config", &rms::ForwardConfig, nb::kw_only(), "rows"_a, "hidden"_a, "x"_a = "bfloat16",
-        "alignment"_a = "rows", "sm_count"_a = 132, "shared_memory"_a = 232448, "max_cluster"_a = 16,
-        "margin"_a = 0, "fusion"_a = "none", "rotary_width"_a = 0, "interleaved"_a = false);
+        "gamma"_a = "bfloat16", "alignment"_a = "rows", "sm_count"_a = 132, "shared_memory"_a = 232448,
+        "max_cluster"_a = 16, "margin"_a = 0, "fusion"_a = "none", "rotary_width"_a = 0,
+        "interleaved"_a = false);
   m.def("backward_config", &rms::BackwardConfig, nb::kw_only(), "rows"_a, "hidden"_a, "x"_a = "bfloat16",
         "dy"_a = "bfloat16", "alignment"_a = "rows", "groups"_a = 1, "partial_rows"_a = 1024,
         "sm_count"_a = 132, "shared_memory"_a = 232448, "max_cluster"_a = 16, "margin"_a = 0,

@@ -195,6 +195,22 @@ __device__ __forceinline__ void GetGamma(const Packet<G, kSize>& packet, bool pr
   }
 }
 
+// gamma, of type G, at the kSize columns from `column` on of a group, whose gamma begins at element `start`,
+// all aligned to packets. Columns that are not `inside` get any value.
+template <typename G, typename Args, int kSize>
+__device__ __forceinline__ void LoadGammaAs(const Args& args, int64_t start, int column,
+                                            float (&gamma)[kSize], bool inside = true) {
+  Packet<G, kSize> packet;
+  packet.Load(static_cast<const G*>(args.gamma) + start + column, inside && args.gamma != nullptr);
+  GetGamma(packet, args.gamma != nullptr, args.arithmetic.zero_centered_gamma, gamma);
+}
+
+template <typename Args, int kSize>
+__device__ __forceinline__ void LoadGamma(const Args& args, int64_t start, int column,
+                                          float (&gamma)[kSize]) {
+  WithType(args.gamma_dtype, [&](auto tag) { LoadGammaAs<decltype(tag)>(args, start, column, gamma); });
+}
+
 // Stores a packet of something beside a T.
 template <typename T, int kSize>
 __device__ __forceinline__ void StoreAs(DType dtype, void* to, int64_t offset, const float (&values)[kSize]) {

@@ -10,7 +10,6 @@
 namespace jax_rmsnorm {
 
 constexpr unsigned kFullMask = 0xffffffffu;
-constexpr int kMaxCluster = 16;
 constexpr int kMaxWarps = kMaxThreads / 32;
 
 // Over aligned runs of `lanes` lanes, a power of two. All 32 lanes of the warp must take part.
@@ -45,6 +44,81 @@ __device__ __forceinline__ float SumWarps(uint32_t from, int warps) {
   return value;
 }
 
+// Of any number of sums, by all lanes of a warp together.
+__device__ __forceinline__ float SumMany(uint32_t from, int count) {
+  float value = 0.0f;
+#pragma unroll 1
+  for (int i = threadIdx.x % 32; i < count; i += 32) value += LoadShared(from + i * sizeof(float));
+  return SumWarp(value);
+}
+
+// A sum over the kWindows windows of each lane, which lie around a circle: element i of window k of lane l is
+// number (k * lanes + l) * kSize + i of it. Has the same bits however the circle is turned: numbers that lie
+// half the circle apart are added first, then those a quarter apart, and so on, and the two sides of each
+// addition may change places. More than four windows are added up one after another, and three count as four
+// of which one is empty: there no term that is not zero may come round.
+template <int kSize, int kWindows>
+class CircleSum {
+ public:
+  __device__ __forceinline__ CircleSum() {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) sums_[0][i] = sums_[1][i] = 0.0f;
+  }
+
+  // Window k, in the order of k; those that are left out count as zero.
+  __device__ __forceinline__ void Add(int k, const float (&terms)[kSize]) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      sums_[k % 2][i] = k < 2 ? terms[i] : __fadd_rn(sums_[k % 2][i], terms[i]);
+    }
+  }
+
+  // The same of the squares of `values`, in fewer instructions where those are exact in float32.
+  template <bool kExact>
+  __device__ __forceinline__ void AddSquares(int k, const float (&values)[kSize]) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      float& sum = sums_[k % 2][i];
+      sum = k < 2    ? __fmul_rn(values[i], values[i])
+            : kExact ? __fmaf_rn(values[i], values[i], sum)
+                     : __fadd_rn(sum, __fmul_rn(values[i], values[i]));
+    }
+  }
+
+  // Over aligned runs of `lanes` lanes, a power of two and at least kSize. All 32 lanes of the warp must take
+  // part; each gets the sum.
+  __device__ __forceinline__ float Over(int lanes) const {
+    float terms[kSize];
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      terms[i] = kWindows > 1 ? __fadd_rn(sums_[0][i], sums_[1][i]) : sums_[0][i];
+    }
+    // Each lane goes on with half of the terms, as long as it has several.
+    int offset = lanes / 2;
+#pragma unroll
+    for (int half = kSize / 2; half > 0; half /= 2, offset /= 2) {
+      const bool upper = (threadIdx.x & offset) != 0;
+#pragma unroll
+      for (int i = 0; i < half; ++i) {
+        const float kept = upper ? terms[i + half] : terms[i];
+        const float given = upper ? terms[i] : terms[i + half];
+        terms[i] = kept + __shfl_xor_sync(kFullMask, given, offset);
+      }
+    }
+    float sum = terms[0];
+    for (; offset > 0; offset /= 2) sum += __shfl_xor_sync(kFullMask, sum, offset);
+    offset = lanes / 2;
+#pragma unroll
+    for (int half = kSize / 2; half > 0; half /= 2, offset /= 2) {
+      sum += __shfl_xor_sync(kFullMask, sum, offset);
+    }
+    return sum;
+  }
+
+ private:
+  float sums_[2][kSize];
+};
+
 // Where a thread's slice of a row lies: the block's rank in its cluster, and the cluster's size.
 template <Scope kScope>
 struct ClusterPlace {
@@ -71,13 +145,17 @@ class RowSum {
 
   // All threads of the row must take part, and with kLanes all those of the warp.
   __device__ __forceinline__ float operator()(float value) {
+    return OfWarps(kScope == Scope::kLanes ? SumLanes(value, threads_) : SumWarp(value));
+  }
+
+  // Likewise of values that are already summed up over the lanes of each warp that share the row.
+  __device__ __forceinline__ float OfWarps(float value) {
     if constexpr (kScope == Scope::kLanes) {
-      return SumLanes(value, threads_);
+      return value;
     } else {
       __shared__ alignas(16) float buffers[2][kMaxWarps];
       float* buffer = buffers[phase_];
       phase_ ^= 1;
-      value = SumWarp(value);
       const int warps = threads_ / 32;
       if (threadIdx.x % 32 == 0) buffer[threadIdx.x / 32] = value;
       if (threadIdx.x < 4 && warps + threadIdx.x < (warps + 3) / 4 * 4) buffer[warps + threadIdx.x] = 0.0f;
@@ -151,15 +229,19 @@ class SplitRowSum {
   }
 
   __device__ __forceinline__ void Post(unsigned turn, float value) {
+    PostOfWarp(turn, kScope == Scope::kLanes ? SumLanes(value, lanes_) : SumWarp(value));
+  }
+
+  // A value that is already summed up over the lanes of the warp that share the row.
+  __device__ __forceinline__ void PostOfWarp(unsigned turn, float value) {
     if constexpr (kScope == Scope::kLanes) {
       previous_ = current_;
-      current_ = SumLanes(value, lanes_);
+      current_ = value;
       last_turn_ = turn;
       return;
     }
     const unsigned buffer = turn % kBuffers;
     const uint32_t to = write_to_ + buffer * kSums * sizeof(float);
-    value = SumWarp(value);
     if (across_) {
 #if __CUDA_ARCH__ >= 900
       if (turn == 0) asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
@@ -200,14 +282,7 @@ class SplitRowSum {
     const unsigned buffer = turn % kBuffers;
     const uint32_t from = read_from_ + buffer * kSums * sizeof(float);
     WaitBarrier(Barrier(buffer), turn / kBuffers % 2);
-    if constexpr (kScope == Scope::kBlock) return SumWarps(from, warps_);
-    float value = 0.0f;
-    if constexpr (kScope == Scope::kCluster) {
-#pragma unroll 1
-      for (int i = lane_; i < warps_ * blocks_; i += 32) value += LoadShared(from + i * sizeof(float));
-      value = SumWarp(value);
-    }
-    return value;
+    return kScope == Scope::kBlock ? SumWarps(from, warps_) : SumMany(from, warps_ * blocks_);
   }
 
  private:
@@ -258,6 +333,16 @@ class WholeRowSum {
       return sum_.Wait(turn_++);
     } else {
       return sum_(value);
+    }
+  }
+
+  // See RowSum.
+  __device__ __forceinline__ float OfWarps(float value) {
+    if constexpr (kCluster) {
+      sum_.PostOfWarp(turn_, value);
+      return sum_.Wait(turn_++);
+    } else {
+      return sum_.OfWarps(value);
     }
   }
 

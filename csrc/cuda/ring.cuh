@@ -31,59 +31,53 @@ struct Turns {
 
 // One operand's packets, or those of several of one shape and dtype, whose rings lie some `offset` of bytes
 // behind the first one's. Each thread copies in what it will read, so that no barrier is needed, only a wait
-// for its own copies. In rows that are not aligned a thread also reads the packet after each of its own: that
-// of the next lane, and for the last lane of a run one that it copies in for itself alone.
+// for its own copies. With kTail the first lane of each warp has a further packet.
 //
 // kCached: copied by way of the L1 cache, where short rows that share a sector of 32 bytes find it again.
 // Many rings leave that no room.
-template <typename T, int kSize, bool kAligned, bool kCached = false>
+template <typename T, int kSize, bool kTail, bool kCached = false>
 class PacketRing {
   using P = Packet<T, kSize>;
 
  public:
-  // `total`: elements of the tensor.
-  __device__ PacketRing(uint32_t shared, const void* tensor, int64_t total, int threads_per_row)
-      : tensor_(static_cast<const T*>(tensor)), total_(total) {
-    int place = threadIdx.x, places = blockDim.x;
-    if constexpr (!kAligned) {
-      const int run = threads_per_row < 32 ? threads_per_row : 32;
-      place += threadIdx.x / run;
-      places += blockDim.x / run;
-      last_of_run_ = threadIdx.x % run == run - 1;
-    }
+  __device__ PacketRing(uint32_t shared, const void* tensor) : tensor_(static_cast<const T*>(tensor)) {
+    const int place = threadIdx.x + (kTail ? threadIdx.x / 32 : 0);
     base_ = shared + place * P::kAccess;
-    stride_ = places * P::kAccess;
+    stride_ = (blockDim.x + (kTail ? blockDim.x / 32 : 0)) * P::kAccess;
   }
 
   // Starts the copy of the elements from `first` on into a place of the ring; of zeros if not `inside`.
   __device__ __forceinline__ void Copy(int place, int64_t first, bool inside) const {
-    static_assert(kAligned);
     CopyTo(At(place), tensor_ + first, inside);
   }
 
   // Likewise of another tensor.
   __device__ __forceinline__ void CopyFrom(const void* tensor, int place, int64_t first, bool inside,
                                            uint32_t offset) const {
-    static_assert(kAligned);
     CopyTo(At(place) + offset, static_cast<const T*>(tensor) + first, inside);
   }
 
-  // Of rows that are not aligned. `whole`: all of the elements are the tensor's, and so are those of the next
-  // packet.
-  __device__ __forceinline__ void CopyUnaligned(int place, int64_t first, bool whole) const {
-    if (whole) {
-      CopyTo(At(place), tensor_ + first, true);
-      if (last_of_run_) CopyTo(At(place) + P::kAccess, tensor_ + first + kSize, true);
-    } else {
-      CopyEnd(At(place), first);
-      if (last_of_run_) CopyEnd(At(place) + P::kAccess, first + kSize);
+  // Into the further packet.
+  __device__ __forceinline__ void CopyFurther(int place, int64_t first) const {
+    CopyTo(At(place) + kToFurther, tensor_ + first, true);
+  }
+
+  // Of elements within which the tensor may end, which has `elements` of them; into a place or its further
+  // packet. Not asynchronous, which the waits for the copies do not mind.
+  __device__ __forceinline__ void CopyLast(int place, bool further, int64_t first, int64_t elements) const {
+    uint32_t to = At(place) + (further ? kToFurther : 0);
+    const auto count = static_cast<int>(min(elements - first, int64_t{kSize}));
+    const P part = LoadPart<kSize>(tensor_ + first, count);
+#pragma unroll
+    for (int a = 0; a < P::kAccesses; ++a, to += stride_) {
+      StoreShared<P::kAccess>(to, part.registers + 4 * a);
     }
   }
 
   __device__ __forceinline__ P Read(int place, uint32_t offset = 0) const {
     return ReadFrom(At(place) + offset);
   }
-  __device__ __forceinline__ P ReadNext(int place) const { return ReadFrom(At(place) + P::kAccess); }
+  __device__ __forceinline__ P ReadFurther(int place) const { return ReadFrom(At(place) + kToFurther); }
 
   // That one place takes in a block's shared memory.
   __device__ __forceinline__ uint32_t Bytes() const { return P::kAccesses * stride_; }
@@ -91,21 +85,13 @@ class PacketRing {
  private:
   __device__ __forceinline__ uint32_t At(int place) const { return base_ + place * P::kAccesses * stride_; }
 
+  static constexpr int kToFurther = 32 * P::kAccess;  // from the place of the warp's first lane
   static constexpr int kElements = P::kAccess / sizeof(T);
 
   __device__ __forceinline__ void CopyTo(uint32_t to, const T* from, bool inside) const {
 #pragma unroll
     for (int a = 0; a < P::kAccesses; ++a) {
       CopyAsync<P::kAccess, kCached>(to + a * stride_, from + a * kElements, inside);
-    }
-  }
-
-  // Where the tensor ends within the packet. Not asynchronous, which the waits for the copies do not mind.
-  __device__ __forceinline__ void CopyEnd(uint32_t to, int64_t first) const {
-#pragma unroll
-    for (int a = 0; a < P::kAccesses; ++a) {
-      const auto part = Window<T, kElements>(tensor_, first + a * kElements, total_).Load(0);
-      StoreShared<P::kAccess>(to + a * stride_, part.registers);
     }
   }
 
@@ -119,9 +105,7 @@ class PacketRing {
   }
 
   const T* tensor_;
-  int64_t total_;
   uint32_t base_, stride_;
-  bool last_of_run_ = false;
 };
 
 }  // namespace jax_rmsnorm

@@ -21,6 +21,7 @@ KERNEL_DTYPES = frozenset(map(np.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)
 _MOST_PARTIAL_ROWS = 2048
 _LEAST_PARTIAL_ROWS = 64
 _PARTIAL_ELEMENTS = 2**22
+_MOST_SHIFTS = 8  # of rows against multiples of 16 bytes: there are as many elements of two
 
 
 def _are_two_halves(a: np.dtype, b: np.dtype) -> bool:
@@ -122,7 +123,8 @@ def _scratch_shape(x_shape: tuple[Any, ...], gamma_shape: tuple[Any, ...]) -> tu
     """[*groups, partial rows, H] of float32 for dgamma, from the shape alone, so that tracing needs no device.
 
     Partial rows bound the number of blocks that share a group's rows. They come to 16 MiB for any H from 2,048 to
-    65,536, and less below, or to one row a group where there are many groups.
+    65,536, and less below, or to one row a group where there are many groups; where not every row begins at a
+    multiple of 16 bytes, to one for each distance from there.
     """
     groups, hidden = gamma_shape[:-1], gamma_shape[-1]
     rows = x_shape[len(groups) : -1]
@@ -131,6 +133,8 @@ def _scratch_shape(x_shape: tuple[Any, ...], gamma_shape: tuple[Any, ...]) -> tu
         bound = min(max(_PARTIAL_ELEMENTS // hidden, _LEAST_PARTIAL_ROWS), _MOST_PARTIAL_ROWS)
     if all(map(is_static_dim, groups)):
         bound = -(-bound // max(1, math.prod(groups)))
+    if not is_static_dim(hidden) or hidden % _MOST_SHIFTS:
+        bound = max(bound, _MOST_SHIFTS)
     if all(map(is_static_dim, rows)):
         bound = max(1, min(bound, math.prod(rows)))
     return (*groups, bound, hidden)

@@ -1,0 +1,142 @@
+// The forward kernel of many rows that do not begin at multiples of 16 bytes, and that a small block holds.
+#pragma once
+
+#include "forward_common.cuh"
+#include "ring.cuh"
+
+namespace jax_rmsnorm {
+
+// Grid: as of ForwardKernel. A thread reads, and writes, the windows of a strip of the row, and takes one
+// after another of its rows that lie alike in their windows, so that it reads gamma's once. It copies the
+// next row's into shared memory while it works on one.
+//
+// Preconditions: the tensors are aligned to 16 bytes; the row fits wherever it begins, hidden + kSize - 1 <=
+// kSize * kPackets * threads_per_row; kSize <= threads_per_row.
+template <typename T, typename G, int kPackets, Scope kScope,
+          int kPerSM = WindowsPerSM(sizeof(G) > sizeof(T), kPackets)>
+__global__ __launch_bounds__(
+    kWindowsThreads<kScope>,
+    kPerSM /
+        kWindowsThreads<kScope>) void ForwardWindowRingKernel(const __grid_constant__ ForwardParams params) {
+  constexpr int kSize = 16 / sizeof(T);
+  constexpr bool kTail = kScope != Scope::kLanes;
+  const ForwardArgs& args = params.args;
+  const Arithmetic& arithmetic = args.arithmetic;
+  const int hidden = static_cast<int>(args.shape.hidden);
+  const int64_t rows = args.shape.groups * args.shape.rows;
+  const int threads = params.threads_per_row;
+  const int slots = kScope == Scope::kLanes ? static_cast<int>(blockDim.x) / threads : 1;
+  const int slot = kScope == Scope::kLanes ? static_cast<int>(threadIdx.x) / threads : 0;
+  const int thread = static_cast<int>(threadIdx.x) - slot * threads;
+  const auto strip = StripOf<kSize, kPackets, kScope>(threads, thread, {});
+  extern __shared__ uint4 shared[];
+  const PacketRing<T, kSize, kTail, true> ring(SharedAddress(shared), args.x);
+  RowSum<kScope> row_sum(threads);
+  LaunchDependents();
+  WaitForPrimary();
+
+  const int64_t elements = rows * hidden;
+  const float gamma_offset = args.gamma == nullptr || arithmetic.zero_centered_gamma ? 1.0f : -0.0f;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * slots;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * slots;
+  // Every so many-th row of a slot lies as this one does.
+  const int turn = static_cast<int>(step * hidden & (kSize - 1));
+  const int ways = turn == 0 ? 1 : kSize >> (__ffs(turn) - 1);
+
+#pragma unroll 1
+  for (int way = 0; way < ways && first + way * step < rows; ++way) {
+    // Rows beyond the last take part in the sums only.
+    int64_t row = first + way * step + slot;
+    const int64_t rows_on = ways * step, elements_on = rows_on * hidden;
+    int64_t start = row * hidden;
+    const int shift = static_cast<int>(start & (kSize - 1));
+    const int tail_column = strip.At(kPackets) - shift;
+    const bool has_tail = kTail && tail_column < hidden;
+    Packet<G, kSize> gammas[kPackets];
+    int64_t gamma_row = -1;
+
+    // Starts the copies of a row's windows, into every other place.
+    const auto copy = [&](int to, int64_t begin, bool live) {
+      const bool whole = begin + hidden + kSize <= elements;
+#pragma unroll
+      for (int k = 0; k < kPackets; ++k) {
+        const int column = strip.At(k) - shift;
+        const bool copied = live && column < hidden;
+        if (!copied || whole) {
+          ring.Copy(to + k, begin + column, copied);
+        } else {  // the last rows of the tensor, beyond which nothing is read
+          ring.CopyLast(to + k, false, begin + column, elements);
+        }
+      }
+      if (has_tail && live) {
+        if (whole) {
+          ring.CopyFurther(to, begin + tail_column);
+        } else {
+          ring.CopyLast(to, true, begin + tail_column, elements);
+        }
+      }
+      CommitCopies();
+    };
+    // Window k, of which other rows' elements are zero, but for those before the row.
+    const auto window = [&](int from, int k) {
+      const int column = strip.At(k) - shift;
+      Packet<T, kSize> packet = k == kPackets ? ring.ReadFurther(from) : ring.Read(from + k);
+      if (column + kSize > hidden) packet = FirstOf(packet, hidden - column);
+      return packet;
+    };
+
+    int at = 0;
+    copy(at, start, row < rows);
+#pragma unroll 1
+    for (; row - slot < rows; row += rows_on, start += elements_on, at = kPackets - at) {
+      const bool live = kTail || row < rows;
+      copy(kPackets - at, start + elements_on, row + rows_on < rows);
+      if (const int64_t here = GammaRow(args.shape, row); here != gamma_row) {
+        gamma_row = here;
+        const auto window_at = [&](int k) { return strip.At(k); };
+        JoinedGamma<G, kSize>(args, here * hidden - Anew(shift))
+            .Load(Anew(shift) + hidden, window_at, gammas);
+      }
+      WaitCopies<1>();
+
+      CircleSum<kSize, kPackets> circle;
+#pragma unroll
+      for (int k = 0; k < kPackets; ++k) {
+        if (kTail && k > 0 && !strip.Reaches(k, shift + hidden)) break;
+        Packet<T, kSize> packet = window(at, k);
+        if (k == 0) {
+          Packet<T, kSize> tail;
+          tail.SetZero();
+          if (has_tail) tail = window(at, kPackets);
+          ReplaceHead(strip.Head(shift), tail, &packet);
+        }
+        float values[kSize];
+        packet.Get(values);
+        circle.template AddSquares<sizeof(T) == 2>(k, values);
+      }
+      const float sum = row_sum.OfWarps(circle.Over(strip.lanes()));
+      if (!live) continue;
+      const float rrms = rsqrtf(sum * params.inverse_hidden + arithmetic.eps);
+      if (args.rrms != nullptr && thread == 0) args.rrms[row] = rrms;
+
+      WithTypeBeside<T>(args.y_dtype, [&](auto tag) {
+        using Y = decltype(tag);
+        Y* y_at = static_cast<Y*>(args.y) + start + (strip.At(0) - shift);
+#pragma unroll
+        for (int k = 0; k < kPackets; ++k) {
+          if (kTail && k > 0 && !strip.Reaches(k, shift + hidden)) break;
+          float values[kSize], scale[kSize], y[kSize];
+          ring.Read(at + k).Get(values);
+          gammas[k].Get(scale);
+#pragma unroll
+          for (int i = 0; i < kSize; ++i) scale[i] += gamma_offset;
+          Normalize<T>(values, rrms, scale, arithmetic.round_before_gamma, y);
+          StoreWithinRow(y_at + (strip.At(k) - strip.At(0)), hidden, strip.At(k) - shift, y);
+        }
+      });
+    }
+    WaitCopies<0>();
+  }
+}
+
+}  // namespace jax_rmsnorm
