@@ -67,6 +67,18 @@ def test_custom_calls_by_platform(platform):
     assert ("stablehlo.rsqrt" in text) == (not expected)
 
 
+@pytest.mark.parametrize(("hidden", "partial_rows"), [(336, 7), (332, 8), (333, 8)])
+def test_rows_that_begin_anywhere_have_a_partial_row_for_each_shift(hidden, partial_rows):
+    """Blocks take rows of one shift only, of the eight that rows of 16-bit elements may have."""
+    if not PLATFORM_HAS_KERNEL["cuda"]:
+        pytest.skip("the CUDA module is not part of this build: cuda lowers to plain JAX")
+    groups = 300
+    x = jax.ShapeDtypeStruct((groups, 20, hidden), jnp.bfloat16)
+    gamma = jax.ShapeDtypeStruct((groups, hidden), jnp.float32)
+    text = lowered(jax.vmap(gradients), x, gamma, x, platforms=("cuda",))
+    assert f"tensor<{groups}x{partial_rows}x{hidden}xf32>" in text
+
+
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
 def test_attributes(platform):
     if not PLATFORM_HAS_KERNEL[platform]:
