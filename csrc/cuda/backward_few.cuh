@@ -169,13 +169,8 @@ __device__ __forceinline__ void SumTile(const BackwardParams& params, int64_t gr
         x.Load(static_cast<const T*>(args.x) + start);
         dy.Load(static_cast<const D*>(args.dy[0]) + start);
       } else {
-        Packet<T, kSize> xs[1];
-        Packet<D, kSize> dys[1];
-        const auto here = [](int) { return 0; };
-        Joined<T, kSize>(static_cast<const T*>(args.x), elements, start).Load(kSize, here, xs);
-        Joined<D, kSize>(static_cast<const D*>(args.dy[0]), elements, start).Load(kSize, here, dys);
-        x = xs[0];
-        dy = dys[0];
+        x = Joined<T, kSize>(static_cast<const T*>(args.x), elements, start).LoadOne(0, kSize);
+        dy = Joined<D, kSize>(static_cast<const D*>(args.dy[0]), elements, start).LoadOne(0, kSize);
       }
       const float rrms = args.rrms[row];
       float xs[kSize], dys[kSize], ones[kSize];

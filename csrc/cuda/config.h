@@ -72,10 +72,9 @@ constexpr int WindowsPerSM(bool wide_gamma, int windows) { return wide_gamma || 
 // Of a row that a thread of the plain forward kernel holds where it takes no more than the row needs.
 constexpr int kForwardBytes = 64;
 
-// The same in packets of `width` elements: fewer bytes of single elements, each of which takes as many
-// instructions as a packet.
+// The same in packets of `width` elements.
 constexpr int ForwardPackets(int64_t width, int64_t size) {
-  return static_cast<int>((width == 1 ? kForwardBytes / 2 : kForwardBytes) / (width * size));
+  return static_cast<int>(kForwardBytes / (width * size));
 }
 
 // Turns that a ring copies ahead where a slot takes `rows` rows of a rotary embedding at a time.

@@ -191,39 +191,38 @@ auto FindForwardStaged(const LaunchConfig& config) -> void (*)(ForwardParams) {
   return config.aligned ? ForwardStagedKernel<T, G, true> : ForwardStagedKernel<T, G, false>;
 }
 
+// f(the number of windows of a lane, as a constant): those that WindowLanes in config.cc hands out.
+template <typename F>
+auto WithLaneWindows(int windows, F&& f) -> void (*)(ForwardParams) {
+  switch (windows) {
+    case 1:
+      return f(std::integral_constant<int, 1>{});
+    case 2:
+      return f(std::integral_constant<int, 2>{});
+    case 3:
+      return f(std::integral_constant<int, 3>{});
+    case 4:
+      return f(std::integral_constant<int, 4>{});
+    default:
+      return f(std::integral_constant<int, kLaneWindows>{});
+  }
+}
+
 template <typename T, typename G>
 auto FindForwardWindows(const LaunchConfig& config) -> void (*)(ForwardParams) {
   if (config.scope == Scope::kCluster) return ForwardWindowsKernel<T, G, kStripWindows, Scope::kCluster>;
   if (config.scope == Scope::kBlock) return ForwardWindowsKernel<T, G, kStripWindows, Scope::kBlock>;
-  switch (config.packets) {
-    case 1:
-      return ForwardWindowsKernel<T, G, 1, Scope::kLanes>;
-    case 2:
-      return ForwardWindowsKernel<T, G, 2, Scope::kLanes>;
-    case 3:
-      return ForwardWindowsKernel<T, G, 3, Scope::kLanes>;
-    case 4:
-      return ForwardWindowsKernel<T, G, 4, Scope::kLanes>;
-    default:
-      return ForwardWindowsKernel<T, G, kLaneWindows, Scope::kLanes>;
-  }
+  return WithLaneWindows(config.packets, [](auto windows) {
+    return ForwardWindowsKernel<T, G, decltype(windows)::value, Scope::kLanes>;
+  });
 }
 
 template <typename T, typename G>
 auto FindForwardWindowRing(const LaunchConfig& config) -> void (*)(ForwardParams) {
   if (config.scope == Scope::kBlock) return ForwardWindowRingKernel<T, G, kStripWindows, Scope::kBlock>;
-  switch (config.packets) {
-    case 1:
-      return ForwardWindowRingKernel<T, G, 1, Scope::kLanes>;
-    case 2:
-      return ForwardWindowRingKernel<T, G, 2, Scope::kLanes>;
-    case 3:
-      return ForwardWindowRingKernel<T, G, 3, Scope::kLanes>;
-    case 4:
-      return ForwardWindowRingKernel<T, G, 4, Scope::kLanes>;
-    default:
-      return ForwardWindowRingKernel<T, G, kLaneWindows, Scope::kLanes>;
-  }
+  return WithLaneWindows(config.packets, [](auto windows) {
+    return ForwardWindowRingKernel<T, G, decltype(windows)::value, Scope::kLanes>;
+  });
 }
 
 template <typename T>
@@ -256,7 +255,7 @@ auto FindForward(const LaunchConfig& config, const ForwardArgs& args) -> void (*
   if (FusionOf(args) == Fusion::kAdd) return FindForwardAdd<T, G>(config, args.addend_dtype);
   if (config.width == kSize) return FindForwardPlain<T, G, void, kSize>(config);
   if (config.width == kSize / 2) return FindForwardPlain<T, G, void, kSize / 2>(config);
-  return FindForwardPlain<T, G, void, kSize == 4 ? 2 : kSize / 4>(config);
+  return FindForwardPlain<T, G, void, 2>(config);
 }
 
 template <typename T>

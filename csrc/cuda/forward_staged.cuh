@@ -110,9 +110,8 @@ __global__ __launch_bounds__(kMaxThreads, kAligned || sizeof(G) < 4 ? 3 : 2) voi
       if constexpr (kAligned) {
         LoadGammaAs<G>(args, gamma_start, at, gamma);
       } else {
-        Packet<G, kSize> packet[1];
-        joined_gamma.Load(stop, [&](int) { return at; }, packet);
-        GetGamma(packet[0], args.gamma != nullptr, arithmetic.zero_centered_gamma, gamma);
+        GetGamma(joined_gamma.LoadOne(at, stop), args.gamma != nullptr, arithmetic.zero_centered_gamma,
+                 gamma);
       }
       read(at).Get(values);
       Normalize<T>(values, rrms, gamma, arithmetic.round_before_gamma, y);

@@ -221,6 +221,13 @@ class Joined {
     for (int k = 0; k < kPackets; ++k) packets[k] = Join(pieces[k]);
   }
 
+  // One of them.
+  __device__ __forceinline__ P LoadOne(int at, int stop) const {
+    P packet[1];
+    Load(stop, [at](int) { return at; }, packet);
+    return packet[0];
+  }
+
  private:
   int shift_;
   const T* base_;
