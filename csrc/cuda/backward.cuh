@@ -40,13 +40,11 @@ __global__ __launch_bounds__(kThreads, 1) void BackwardKernel(const __grid_const
   const BackwardArgs& args = params.args;
   const int hidden = static_cast<int>(args.shape.hidden);
   const int64_t rows = args.shape.rows;
-  const int threads = params.threads_per_row;
   const bool round = args.arithmetic.round_before_gamma;
   const ClusterPlace<kScope> place;
-  const int slots = kScope == Scope::kCluster ? 1 : static_cast<int>(blockDim.x) / threads;
-  const int slot = kScope == Scope::kCluster ? 0 : static_cast<int>(threadIdx.x) / threads;
-  const int thread = static_cast<int>(threadIdx.x) - slot * threads;
-  SplitRowSum<kScope> row_sum(sum_memory, threads, slot, thread);
+  const Slots<kScope, kScope == Scope::kCluster> slots(params.threads_per_row);
+  const int threads = slots.threads, thread = slots.thread;
+  SplitRowSum<kScope> row_sum(sum_memory, threads, slots.number, thread);
   LaunchDependents();
   WaitForPrimary();
   constexpr bool kTail = !kAligned && kScope != Scope::kLanes;
@@ -82,7 +80,7 @@ __global__ __launch_bounds__(kThreads, 1) void BackwardKernel(const __grid_const
   const int64_t items = args.shape.groups * params.blocks_per_group;
   unsigned turn = 0;  // counted on from item to item, for row_sum
   for (int64_t item = blockIdx.x / place.blocks; item < items; item += gridDim.x / place.blocks) {
-    const Turns<> turns(args.shape, params.blocks_per_group, item, slots, slot);
+    const Turns<> turns(args.shape, params.blocks_per_group, item, slots.count, slots.number);
     const int64_t row_step = turns.step * hidden;
     int64_t start = turns.row * hidden;
     // Rows of one shift only, so that its packets' columns are the thread's throughout.
@@ -237,7 +235,7 @@ __global__ __launch_bounds__(kThreads, 1) void BackwardKernel(const __grid_const
     WaitCopies<0>();
     if (args.dgamma == nullptr) continue;
 
-    StoreBlockDgamma<kAligned>(params, turns.group, turns.block, slots, slot, column, dgamma,
+    StoreBlockDgamma<kAligned>(params, turns.group, turns.block, slots.count, slots.number, column, dgamma,
                                reinterpret_cast<float*>(shared));
   }
 }

@@ -70,8 +70,8 @@ __device__ __forceinline__ void LoadGammaOfStrip(const BackwardArgs& args, int64
   const int hidden = static_cast<int>(args.shape.hidden);
   WithType(args.gamma_dtype, [&](auto tag) {
     Packet<decltype(tag), kSize> packets[strip.kWindows];
-    const auto at = [&](int k) { return strip.At(k); };
-    JoinedGamma<decltype(tag), kSize>(args, start - shift).Load(shift + hidden, at, packets);
+    JoinedGamma<decltype(tag), kSize>(args, start - shift)
+        .Load(shift + hidden, strip.At(0), strip.Stride(), packets);
 #pragma unroll
     for (int k = 0; k < strip.kWindows; ++k) {
       float values[kSize];

@@ -11,22 +11,20 @@ namespace jax_rmsnorm {
 // every threads_per_row threads.
 template <Scope kScope>
 struct FewRow {
-  __device__ FewRow(const BackwardParams& params, int64_t block)
-      : threads(params.threads_per_row),
-        thread(kScope == Scope::kLanes ? static_cast<int>(threadIdx.x) % threads
-                                       : static_cast<int>(threadIdx.x)),
-        index(kScope == Scope::kLanes ? (block * blockDim.x + threadIdx.x) / threads : block),
+  __device__ FewRow(const BackwardParams& params, int block)
+      : slots(params.threads_per_row),
+        index(int64_t{block} * slots.count + slots.number),
         group(params.args.shape.groups == 1 ? 0 : index / params.args.shape.rows),
         live(index < params.args.shape.groups * params.args.shape.rows),
-        sum(threads, thread) {}
+        sum(slots.threads, slots.thread) {}
 
   // The first column of the thread's packet k, as in BackwardKernel.
   template <int kSize>
   __device__ __forceinline__ int Column(int k) const {
-    return ((k * place.blocks + place.rank) * threads + thread) * kSize;
+    return ((k * place.blocks + place.rank) * slots.threads + slots.thread) * kSize;
   }
 
-  int threads, thread;
+  Slots<kScope> slots;
   int64_t index, group;  // the row's, counted through all groups, and its group's
   bool live;             // the others take part in the sums only
   ClusterPlace<kScope> place;
@@ -37,7 +35,7 @@ struct FewRow {
 
 // dx of the rows of one block (or cluster).
 template <typename T, typename D, int kSize, int kPackets, Scope kScope, bool kMore>
-__device__ __forceinline__ void DifferentiateRows(const BackwardParams& params, int64_t block) {
+__device__ __forceinline__ void DifferentiateRows(const BackwardParams& params, int block) {
   const BackwardArgs& args = params.args;
   const int hidden = static_cast<int>(args.shape.hidden);
   FewRow<kScope> row(params, block);
@@ -89,24 +87,25 @@ __device__ __forceinline__ void DifferentiateRows(const BackwardParams& params, 
 
 // The same of rows that do not begin at multiples of 16 bytes, with the bits of BackwardKernel.
 template <typename T, typename D, int kSize, int kPackets, Scope kScope>
-__device__ __forceinline__ void DifferentiateWindows(const BackwardParams& params, int64_t block) {
+__device__ __forceinline__ void DifferentiateWindows(const BackwardParams& params, int block) {
   const BackwardArgs& args = params.args;
   const int hidden = static_cast<int>(args.shape.hidden);
   FewRow<kScope> row(params, block);
-  const auto strip = StripOf<kSize, kPackets, kScope>(params.threads_per_row, row.thread, row.place);
+  const auto strip = StripOf<kSize, kPackets, kScope>(row.slots.threads, row.slots.thread, row.place);
 
   const int64_t start = row.index * hidden;
   const int shift = static_cast<int>(start & (kSize - 1));
   const int stop = row.live ? shift + hidden : 0;
   Packet<T, kSize> x[strip.kWindows];
   Packet<D, kSize> dy[strip.kWindows];
-  const auto x_end = strip.Load(static_cast<const T*>(args.x) + start - shift, stop, x);
-  const auto dy_end = strip.Load(static_cast<const D*>(args.dy[0]) + start - shift, stop, dy);
+  const int total = ElementsFrom(args.shape, start - shift);
+  const auto x_end = strip.Load(static_cast<const T*>(args.x) + start - shift, stop, total, x);
+  const auto dy_end = strip.Load(static_cast<const D*>(args.dy[0]) + start - shift, stop, total, dy);
   const float rrms = row.live ? args.rrms[row.index] : 0.0f;
   float gamma[kPackets][kSize], tail_gamma[kSize];
   LoadGammaOfStrip(args, row.group * hidden, shift, strip, gamma, tail_gamma);
-  strip.SetEnd(stop, x_end, x);
-  strip.SetEnd(stop, dy_end, dy);
+  strip.SetEnd(stop, total, x_end, x);
+  strip.SetEnd(stop, total, dy_end, dy);
   CircleSum<kSize, strip.kWindows> circle;
   const auto products = [&](const Packet<T, kSize>& x_packet, const Packet<D, kSize>& dy_packet,
                             const float (&gammas)[kSize], float (&terms)[kSize]) {
@@ -150,7 +149,7 @@ __device__ __forceinline__ void SumTile(const BackwardParams& params, int64_t gr
                                         float (&sums)[kMaxWarps][kMostTilePackets * kSize]) {
   const BackwardArgs& args = params.args;
   const int hidden = static_cast<int>(args.shape.hidden);
-  const int packets = params.tile_packets;
+  const int packets = params.tile_packets, shift = 31 - __clz(packets);  // a power of two
   const int packet = static_cast<int>(threadIdx.x) & (packets - 1);
   const int column = (tile * packets + packet) * kSize;
   const int warps = static_cast<int>(blockDim.x) / 32;
@@ -159,9 +158,9 @@ __device__ __forceinline__ void SumTile(const BackwardParams& params, int64_t gr
   float dgamma[kSize] = {};
   if (column < hidden) {
     const int64_t end = (group + 1) * args.shape.rows;
-    const int step = static_cast<int>(blockDim.x) / packets;
+    const int step = static_cast<int>(blockDim.x) >> shift;
 #pragma unroll 4
-    for (int64_t row = group * args.shape.rows + threadIdx.x / packets; row < end; row += step) {
+    for (int64_t row = group * args.shape.rows + (threadIdx.x >> shift); row < end; row += step) {
       Packet<T, kSize> x;
       Packet<D, kSize> dy;
       const int64_t start = row * hidden + column;
@@ -221,13 +220,15 @@ __global__ __launch_bounds__(
   const auto run = [&](auto more) {
     constexpr bool kMore = decltype(more)::value;
     // A cluster is either for tiles, of which it may have none to do, or for a row.
-    const int blocks = ClusterPlace<kScope>().blocks;
-    const int64_t tile = blockIdx.x, tiles = params.tiles * params.args.shape.groups;
-    const int64_t cluster = tile / blocks - (tiles + blocks - 1) / blocks;
+    const ClusterPlace<kScope> place;
+    const auto tile = static_cast<int>(blockIdx.x), blocks = place.blocks;
+    const auto tiles = static_cast<int>(params.tiles * params.args.shape.groups);
+    const int cluster = tile / blocks - (tiles + blocks - 1) / blocks;
     if (cluster < 0) {
       if (tile >= tiles) return;
-      SumTile<T, D, kSize, kAligned, kMore>(params, tile / params.tiles,
-                                            static_cast<int>(tile % params.tiles), sums);
+      const int group = params.args.shape.groups == 1 ? 0 : tile / static_cast<int>(params.tiles);
+      SumTile<T, D, kSize, kAligned, kMore>(params, group, tile - group * static_cast<int>(params.tiles),
+                                            sums);
       return;
     }
     if (kScope == Scope::kBlock && threadIdx.x >= params.threads_per_row) return;  // for tiles alone

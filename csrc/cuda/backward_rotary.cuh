@@ -27,10 +27,8 @@ __global__ __launch_bounds__(kLanesThreads,
   const Rotary& rotary = args.rotary;
   const int hidden = static_cast<int>(args.shape.hidden);
   const int width = static_cast<int>(rotary.width);
-  const int threads = params.threads_per_row;
-  const int slots = static_cast<int>(blockDim.x) / threads;
-  const int slot = static_cast<int>(threadIdx.x) / threads;
-  const int thread = static_cast<int>(threadIdx.x) - slot * threads;
+  const Slots<Scope::kLanes> slots(params.threads_per_row);
+  const int threads = slots.threads, thread = slots.thread;
   LaunchDependents();
   WaitForPrimary();
   const uint32_t ring_memory = SharedAddress(shared);
@@ -40,7 +38,7 @@ __global__ __launch_bounds__(kLanesThreads,
 
   const int64_t items = args.shape.groups * params.blocks_per_group;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    const Turns<kRows> turns(args.shape, params.blocks_per_group, item, slots, slot);
+    const Turns<kRows> turns(args.shape, params.blocks_per_group, item, slots.count, slots.number);
     const int64_t row_step = turns.step * hidden;
     int64_t row = turns.row;
     int64_t start = row * hidden;
@@ -139,7 +137,7 @@ __global__ __launch_bounds__(kLanesThreads,
     }
     WaitCopies<0>();
     if (args.dgamma == nullptr) continue;
-    StoreBlockDgamma<true>(params, turns.group, turns.block, slots, slot, column, dgamma,
+    StoreBlockDgamma<true>(params, turns.group, turns.block, slots.count, slots.number, column, dgamma,
                            reinterpret_cast<float*>(shared));
   }
 }

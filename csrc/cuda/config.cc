@@ -80,6 +80,17 @@ LaunchConfig WindowLanes(int64_t windows, int width, int most, int block) {
   return best;
 }
 
+// Few rows of windows: pairs of warps share what a warp has, for which there are kernels.
+void ShareWindows(LaunchConfig* config) {
+  config->method = Method::kWindows;
+  if (config->packets == 1) return;
+  config->share = 2;
+  config->packets = static_cast<int>(CeilDiv(config->packets, config->share));
+  config->threads_per_row *= config->share;
+  if (config->scope == Scope::kBlock) config->block *= config->share;
+  config->shared_memory = int64_t{2} * config->block * config->width * 4;  // for two rows in turn
+}
+
 // A slot that goes on by as many blocks, or a multiple of them, of `slots` each finds its rows of `hidden`
 // elements to lie alike in packets of `width`.
 int64_t BlocksAlike(int64_t hidden, int width, int64_t slots) {
@@ -197,15 +208,12 @@ LaunchConfig UnalignedForwardLayout(const Device& device, int64_t rows, int64_t 
   }
   LaunchConfig config;
   const bool few = rows * hidden * SizeOf(x) <= kFewBytes;
-  if (windows <= kLaneWindows * kWarp) {
-    config = WindowLanes(windows, wide, kLaneWindows, kLanesBlock);
-    config.method = few ? Method::kWindows : Method::kRing;
-    return config;
-  }
   if (windows <= kStripWindows * kWindowsThreads<Scope::kBlock>) {
-    config = Block(windows, kStripWindows);
-    config.method = few ? Method::kWindows : Method::kRing;
+    config = windows <= kLaneWindows * kWarp ? WindowLanes(windows, wide, kLaneWindows, kLanesBlock)
+                                             : Block(windows, kStripWindows);
+    config.method = Method::kRing;
     config.width = wide;
+    if (few) ShareWindows(&config);
     return config;
   }
   config = Staged(hidden, wide, x);

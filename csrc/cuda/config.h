@@ -114,6 +114,7 @@ struct LaunchConfig {
   int width = 1;                   // elements a packet
   int packets = 1;                 // packets of a row that a thread has (compile-time in the kernels)
   int threads_per_row = 1;         // within one block
+  int share = 1;                   // kWindows: warps that share the windows of each lane, 1 or 2
   int rows = 1;                    // that a slot takes at a time
   int block = 32;                  // threads a block
   int cluster = 1;                 // blocks a row

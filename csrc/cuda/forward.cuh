@@ -31,10 +31,8 @@ __global__ __launch_bounds__(std::is_void_v<A> ? kMaxThreads : kFusedThreads,
   const G* gamma = static_cast<const G*>(args.gamma);
   const int hidden = static_cast<int>(args.shape.hidden);
   const int64_t rows = args.shape.groups * args.shape.rows;
-  const int threads = params.threads_per_row;
-  const int slots = kScope == Scope::kLanes ? static_cast<int>(blockDim.x) / threads : 1;
-  const int slot = kScope == Scope::kLanes ? static_cast<int>(threadIdx.x) / threads : 0;
-  const int thread = static_cast<int>(threadIdx.x) - slot * threads;
+  const Slots<kScope> slots(params.threads_per_row);
+  const int threads = slots.threads, thread = slots.thread;
   RowSum<kScope> row_sum(threads);
   LaunchDependents();
   WaitForPrimary();
@@ -46,7 +44,7 @@ __global__ __launch_bounds__(std::is_void_v<A> ? kMaxThreads : kFusedThreads,
 
   int64_t item = blockIdx.x;
   do {
-    const int64_t row = item * slots + slot;
+    const int64_t row = item * slots.count + slots.number;
     const bool live = row < rows;  // the others take part in the sums only
     const int64_t start = row * hidden;
     const int64_t gamma_start = GammaRow(args.shape, row) * hidden;
@@ -208,13 +206,15 @@ auto WithLaneWindows(int windows, F&& f) -> void (*)(ForwardParams) {
   }
 }
 
+// Those that ShareWindows in config.cc hands out.
 template <typename T, typename G>
 auto FindForwardWindows(const LaunchConfig& config) -> void (*)(ForwardParams) {
-  if (config.scope == Scope::kCluster) return ForwardWindowsKernel<T, G, kStripWindows, Scope::kCluster>;
-  if (config.scope == Scope::kBlock) return ForwardWindowsKernel<T, G, kStripWindows, Scope::kBlock>;
-  return WithLaneWindows(config.packets, [](auto windows) {
-    return ForwardWindowsKernel<T, G, decltype(windows)::value, Scope::kLanes>;
-  });
+  if (config.scope == Scope::kCluster) return ForwardWindowsKernel<T, G, kStripWindows, Scope::kCluster, 1>;
+  if (config.scope == Scope::kBlock) return ForwardWindowsKernel<T, G, kStripWindows / 2, Scope::kBlock, 2>;
+  if (config.share == 1) return ForwardWindowsKernel<T, G, 1, Scope::kLanes, 1>;
+  return config.packets == 1   ? ForwardWindowsKernel<T, G, 1, Scope::kLanes, 2>
+         : config.packets == 2 ? ForwardWindowsKernel<T, G, 2, Scope::kLanes, 2>
+                               : ForwardWindowsKernel<T, G, kLaneWindows / 2, Scope::kLanes, 2>;
 }
 
 template <typename T, typename G>

@@ -21,12 +21,10 @@ __global__ __launch_bounds__(kMaxThreads,
   const ForwardArgs& args = params.args;
   const Arithmetic& arithmetic = args.arithmetic;
   const int hidden = static_cast<int>(args.shape.hidden);
-  const int threads = params.threads_per_row;
   const ClusterPlace<kScope> place;
-  const int slots = kScope == Scope::kCluster ? 1 : static_cast<int>(blockDim.x) / threads;
-  const int slot = kScope == Scope::kCluster ? 0 : static_cast<int>(threadIdx.x) / threads;
-  const int thread = static_cast<int>(threadIdx.x) - slot * threads;
-  SplitRowSum<kScope> row_sum(sum_memory, threads, slot, thread);
+  const Slots<kScope, kScope == Scope::kCluster> slots(params.threads_per_row);
+  const int threads = slots.threads, thread = slots.thread;
+  SplitRowSum<kScope> row_sum(sum_memory, threads, slots.number, thread);
   LaunchDependents();
   WaitForPrimary();
   const PacketRing<T, kSize, false> ring(SharedAddress(shared), args.x);
@@ -39,7 +37,7 @@ __global__ __launch_bounds__(kMaxThreads,
   const int64_t items = args.shape.groups * params.blocks_per_group;
   unsigned turn = 0;  // counted on from item to item, for row_sum
   for (int64_t item = blockIdx.x / place.blocks; item < items; item += gridDim.x / place.blocks) {
-    const Turns<> turns(args.shape, params.blocks_per_group, item, slots, slot);
+    const Turns<> turns(args.shape, params.blocks_per_group, item, slots.count, slots.number);
     const int64_t row_step = turns.step * hidden;
     int64_t row = turns.row;
     int64_t start = row * hidden;

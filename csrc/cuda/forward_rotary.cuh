@@ -25,10 +25,8 @@ __global__ __launch_bounds__(kFusedThreads, kPackets == 2 ? 3 : 2) void ForwardR
   const int hidden = static_cast<int>(args.shape.hidden);
   const int width = static_cast<int>(rotary.width);
   const int64_t rows = args.shape.groups * args.shape.rows;
-  const int threads = params.threads_per_row;
-  const int slots = static_cast<int>(blockDim.x) / threads;
-  const int slot = static_cast<int>(threadIdx.x) / threads;
-  const int thread = static_cast<int>(threadIdx.x) - slot * threads;
+  const Slots<Scope::kLanes> slots(params.threads_per_row);
+  const int threads = slots.threads, thread = slots.thread;
   RowSum<Scope::kLanes> row_sum(threads);
   LaunchDependents();
   WaitForPrimary();
@@ -36,7 +34,7 @@ __global__ __launch_bounds__(kFusedThreads, kPackets == 2 ? 3 : 2) void ForwardR
   const auto column = [&](int k) { return (k * threads + thread) * kSize; };
 
   for (int64_t item = blockIdx.x; item < params.items; item += gridDim.x) {
-    const int64_t row = (item * slots + slot) * kRows;
+    const int64_t row = (item * slots.count + slots.number) * kRows;
     const bool live = row < rows;  // the others take part in the sums only
     const int64_t start = row * hidden;
 

@@ -77,7 +77,7 @@ __global__ __launch_bounds__(kMaxThreads, kAligned || sizeof(G) < 4 ? 3 : 2) voi
       const int lane = static_cast<int>(threadIdx.x) % 32, warps = static_cast<int>(blockDim.x) / 32;
       const int strips = (stop + kStripSize - 1) / kStripSize;
       for (int s = static_cast<int>(threadIdx.x) / 32; s < strips; s += warps) {
-        const StripOfWarp strip(s * kStripSize, 32, lane);
+        const StripOfWarp strip(s * kStripSize, 32, lane, 0);
         const auto window = [&](int k) {
           Packet<T, kSize> packet;
           packet.SetZero();

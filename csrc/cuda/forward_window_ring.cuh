@@ -24,10 +24,8 @@ __global__ __launch_bounds__(
   const Arithmetic& arithmetic = args.arithmetic;
   const int hidden = static_cast<int>(args.shape.hidden);
   const int64_t rows = args.shape.groups * args.shape.rows;
-  const int threads = params.threads_per_row;
-  const int slots = kScope == Scope::kLanes ? static_cast<int>(blockDim.x) / threads : 1;
-  const int slot = kScope == Scope::kLanes ? static_cast<int>(threadIdx.x) / threads : 0;
-  const int thread = static_cast<int>(threadIdx.x) - slot * threads;
+  const Slots<kScope> slots(params.threads_per_row);
+  const int threads = slots.threads, thread = slots.thread;
   const auto strip = StripOf<kSize, kPackets, kScope>(threads, thread, {});
   extern __shared__ uint4 shared[];
   const PacketRing<T, kSize, kTail, true> ring(SharedAddress(shared), args.x);
@@ -37,8 +35,8 @@ __global__ __launch_bounds__(
 
   const int64_t elements = rows * hidden;
   const float gamma_offset = args.gamma == nullptr || arithmetic.zero_centered_gamma ? 1.0f : -0.0f;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * slots;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * slots;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * slots.count;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * slots.count;
   // Every so many-th row of a slot lies as this one does.
   const int turn = static_cast<int>(step * hidden & (kSize - 1));
   const int ways = turn == 0 ? 1 : kSize >> (__ffs(turn) - 1);
@@ -46,7 +44,7 @@ __global__ __launch_bounds__(
 #pragma unroll 1
   for (int way = 0; way < ways && first + way * step < rows; ++way) {
     // Rows beyond the last take part in the sums only.
-    int64_t row = first + way * step + slot;
+    int64_t row = first + way * step + slots.number;
     const int64_t rows_on = ways * step, elements_on = rows_on * hidden;
     int64_t start = row * hidden;
     const int shift = static_cast<int>(start & (kSize - 1));
@@ -80,22 +78,19 @@ __global__ __launch_bounds__(
     // Window k, of which other rows' elements are zero, but for those before the row.
     const auto window = [&](int from, int k) {
       const int column = strip.At(k) - shift;
-      Packet<T, kSize> packet = k == kPackets ? ring.ReadFurther(from) : ring.Read(from + k);
-      if (column + kSize > hidden) packet = FirstOf(packet, hidden - column);
-      return packet;
+      return FirstOf(k == kPackets ? ring.ReadFurther(from) : ring.Read(from + k), hidden - column);
     };
 
     int at = 0;
     copy(at, start, row < rows);
 #pragma unroll 1
-    for (; row - slot < rows; row += rows_on, start += elements_on, at = kPackets - at) {
+    for (; row - slots.number < rows; row += rows_on, start += elements_on, at = kPackets - at) {
       const bool live = kTail || row < rows;
       copy(kPackets - at, start + elements_on, row + rows_on < rows);
       if (const int64_t here = GammaRow(args.shape, row); here != gamma_row) {
         gamma_row = here;
-        const auto window_at = [&](int k) { return strip.At(k); };
         JoinedGamma<G, kSize>(args, here * hidden - Anew(shift))
-            .Load(Anew(shift) + hidden, window_at, gammas);
+            .Load(Anew(shift) + hidden, strip.At(0), strip.Stride(), gammas);
       }
       WaitCopies<1>();
 

@@ -85,6 +85,29 @@ class CircleSum {
     }
   }
 
+  // For threads whose warps go in pairs, of which one has the windows of even number and the other those of
+  // odd number, added as windows 0, 2, ... by either: afterwards both have all. `memory`: kSize * 4 bytes for
+  // each thread of the block, all of which must take part; they may be written again after the next barrier.
+  __device__ __forceinline__ void Exchange(uint32_t memory) {
+    static_assert(kSize % 4 == 0);
+    const auto at = [memory](unsigned thread, int i) { return memory + (i / 4 * blockDim.x + thread) * 16; };
+#pragma unroll
+    for (int i = 0; i < kSize; i += 4) {
+      uint32_t four[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) four[j] = __float_as_uint(sums_[0][i + j]);
+      StoreShared<16>(at(threadIdx.x, i), four);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kSize; i += 4) {
+      uint32_t four[4];
+      LoadShared<16>(at(threadIdx.x ^ 32, i), four);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums_[1][i + j] = __uint_as_float(four[j]);
+    }
+  }
+
   // Over aligned runs of `lanes` lanes, a power of two and at least kSize. All 32 lanes of the warp must take
   // part; each gets the sum.
   __device__ __forceinline__ float Over(int lanes) const {
@@ -119,6 +142,33 @@ class CircleSum {
   float sums_[2][kSize];
 };
 
+// A block's slots, each of which has a row at a time: how many there are, and this thread's place in them.
+// kOne: there is one in a block. Of kShare warps in a row that have the same lanes one counts.
+template <Scope kScope, bool kOne = kScope != Scope::kLanes, int kShare = 1>
+struct Slots {
+  __device__ explicit Slots(int threads_per_row) : threads(threads_per_row / kShare) {
+    const auto all = static_cast<int>(blockDim.x / kShare);
+    const auto index = static_cast<int>(threadIdx.x / (32 * kShare) * 32 + threadIdx.x % 32);
+    if constexpr (kOne) {
+      thread = index;
+    } else if constexpr (kScope == Scope::kLanes) {  // a power of two: a division would take as long as a sum
+      const int shift = 31 - __clz(threads);
+      count = all >> shift;
+      number = index >> shift;
+      thread = index & (threads - 1);
+    } else {
+      count = all / threads;
+      number = index / threads;
+      thread = index - number * threads;
+    }
+  }
+
+  int threads;    // of a slot, which are numbered
+  int count = 1;  // of the slots
+  int number = 0;
+  int thread;
+};
+
 // Where a thread's slice of a row lies: the block's rank in its cluster, and the cluster's size.
 template <Scope kScope>
 struct ClusterPlace {
@@ -137,8 +187,9 @@ struct ClusterPlace {
 
 // One sum after another over a row's threads: part of a warp, or a whole block. Successive sums alternate
 // between two buffers, so that one barrier a sum is enough: a buffer is written again only after the barrier
-// that follows its last reading.
-template <Scope kScope>
+// that follows its last reading. Of kShare warps in a row that have the same value only the first hands it
+// in, and only its threads count.
+template <Scope kScope, int kShare = 1>
 class RowSum {
  public:
   __device__ explicit RowSum(int threads_per_row) : threads_(threads_per_row) {}
@@ -157,7 +208,7 @@ class RowSum {
       float* buffer = buffers[phase_];
       phase_ ^= 1;
       const int warps = threads_ / 32;
-      if (threadIdx.x % 32 == 0) buffer[threadIdx.x / 32] = value;
+      if (threadIdx.x % (32 * kShare) == 0) buffer[threadIdx.x / (32 * kShare)] = value;
       if (threadIdx.x < 4 && warps + threadIdx.x < (warps + 3) / 4 * 4) buffer[warps + threadIdx.x] = 0.0f;
       __syncthreads();
       return SumWarps(SharedAddress(buffer), threads_ / 32);
@@ -176,7 +227,9 @@ class RowSum {
 // Each turn has one of four buffers, and its mbarrier completes when every warp that shares the row has
 // handed in. A warp posts turn t + 4 only after Wait(t + 2), hence after every warp has posted t + 2, hence
 // after every warp has read t: four buffers suffice.
-template <Scope kScope>
+//
+// kShare: see RowSum.
+template <Scope kScope, int kShare = 1>
 class SplitRowSum {
   static constexpr unsigned kBuffers = 4;
   // In a block each row has its warps' sums at a multiple of four, zeros behind them.
@@ -208,7 +261,7 @@ class SplitRowSum {
         shared.sums[i / kSums][i % kSums] = 0.0f;
       }
     }
-    leader_ = thread == 0;
+    leader_ = thread == 0 && HandsIn();
     if (leader_) {
       // In a cluster the sums themselves count, by their bytes.
       const unsigned count = across_ ? 1 : warps_;
@@ -253,7 +306,7 @@ class SplitRowSum {
                      "r"(bytes)
                      : "memory");
       }
-      if (lane_ < blocks_) {  // lane r hands the warp's sum to block r of the cluster
+      if (lane_ < blocks_ && HandsIn()) {  // lane r hands the warp's sum to block r of the cluster
         asm volatile(
             "{\n"
             ".reg .b32 to, barrier;\n"
@@ -265,7 +318,7 @@ class SplitRowSum {
             : "memory");
       }
 #endif
-    } else if (lane_ == 0) {
+    } else if (lane_ == 0 && HandsIn()) {
       asm volatile(
           "{\n"
           ".reg .b64 state;\n"
@@ -289,6 +342,8 @@ class SplitRowSum {
   __device__ __forceinline__ uint32_t Barrier(unsigned buffer) const {
     return barriers_ + buffer * kMaxWarps * sizeof(uint64_t);
   }
+
+  static __device__ __forceinline__ bool HandsIn() { return kShare == 1 || threadIdx.x / 32 % kShare == 0; }
 
   static __device__ __forceinline__ void WaitBarrier(uint32_t barrier, unsigned parity) {
     unsigned done = 0;
@@ -318,8 +373,8 @@ class SplitRowSum {
   unsigned last_turn_ = 0;
 };
 
-// One sum after another, in one piece, in any scope.
-template <Scope kScope>
+// One sum after another, in one piece, in any scope. kShare: see RowSum.
+template <Scope kScope, int kShare = 1>
 class WholeRowSum {
   static constexpr bool kCluster = kScope == Scope::kCluster;
 
@@ -349,14 +404,14 @@ class WholeRowSum {
  private:
   static __device__ auto Make(int threads, int thread) {
     if constexpr (kCluster) {
-      __shared__ typename SplitRowSum<kScope>::Shared memory;
-      return SplitRowSum<kScope>(memory, threads, 0, thread);
+      __shared__ typename SplitRowSum<kScope, kShare>::Shared memory;
+      return SplitRowSum<kScope, kShare>(memory, threads, 0, thread);
     } else {
-      return RowSum<kScope>(threads);
+      return RowSum<kScope, kShare>(threads);
     }
   }
 
-  std::conditional_t<kCluster, SplitRowSum<kScope>, RowSum<kScope>> sum_;
+  std::conditional_t<kCluster, SplitRowSum<kScope, kShare>, RowSum<kScope, kShare>> sum_;
   unsigned turn_ = 0;
 };
 

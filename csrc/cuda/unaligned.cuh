@@ -43,6 +43,30 @@ __device__ __forceinline__ Packet<T, kSize> LoadPart(const T* from, int count) {
   return packet;
 }
 
+// Stores elements `first` and up to `last`, not included, of a packet whose first one belongs at `to`, at
+// least one of them.
+template <typename T, int kSize>
+__device__ __forceinline__ void StorePart(T* to, const Packet<T, kSize>& packet, int first, int last) {
+  constexpr int kPerRegister = 4 / static_cast<int>(sizeof(T));
+  first = Anew(max(first, 0));
+  last = min(last, kSize);
+#pragma unroll
+  for (int i = 0; i < kSize; i += kPerRegister) {
+    StoreGlobal<4>(to + i, packet.registers + i / kPerRegister, i >= first && i + kPerRegister <= last);
+  }
+  if constexpr (kPerRegister == 2) {
+    // Halves of words, one at either end.
+    uint32_t upper = 0, lower = 0;
+#pragma unroll
+    for (int r = 0; r < kSize / 2; ++r) {
+      if (2 * r + 1 == first) upper = packet.registers[r] >> 16;
+      if (2 * r + 1 == last) lower = packet.registers[r];
+    }
+    StoreGlobal<2>(to + first, &upper, first % 2 != 0);
+    StoreGlobal<2>(to + last - 1, &lower, last % 2 != 0);
+  }
+}
+
 // Its first `count` elements are replaced by those of `by`.
 template <typename T, int kSize>
 __device__ __forceinline__ void ReplaceHead(int count, const Packet<T, kSize>& by, Packet<T, kSize>* packet) {
@@ -57,90 +81,122 @@ __device__ __forceinline__ void ReplaceHead(int count, const Packet<T, kSize>& b
   }
 }
 
-// Its first `count` elements, the others zero.
+// Its first `count` elements, if it has more; the others are zero.
 template <typename T, int kSize>
 __device__ __forceinline__ Packet<T, kSize> FirstOf(const Packet<T, kSize>& packet, int count) {
+  if (count >= kSize) return packet;
   Packet<T, kSize> first;
   first.SetZero();
   ReplaceHead(max(Anew(count), 0), packet, &first);
   return first;
 }
 
+// How many elements the tensors have from number `first` on, as far as an int can tell.
+__device__ __forceinline__ int ElementsFrom(const Shape& shape, int64_t first) {
+  return static_cast<int>(min(shape.groups * shape.rows * shape.hidden - first, int64_t{INT_MAX / 2}));
+}
+
 // The windows of a warp, or of those of its lanes that have a whole row: number first / kSize and the next
-// kPackets * lanes ones. Its columns are the first, ... of the row, as many as windows have elements; what
-// `shift` pushes out of the last window lies in the tail, the window behind it, which its first lane reads
-// too. A row for part of a warp fits into its windows wherever it begins, and has no tail.
-template <int kSize, int kPackets, bool kTail>
+// kPackets * lanes ones; with kShare of two warps, one of which has every other window of a lane. Its columns
+// are the first, ... of the row, as many as windows have elements; what `shift` pushes out of the last window
+// lies in the tail, the window behind it, which its first lane reads too. A row for part of a warp fits into
+// its windows wherever it begins, and has no tail.
+template <int kSize, int kPackets, bool kTail, int kShare = 1>
 class Strip {
  public:
   static constexpr int kWindows = kPackets + (kTail ? 1 : 0);
 
-  // `lanes`: 32 with kTail.
-  __device__ __forceinline__ Strip(int first, int lanes, int lane)
-      : first_(first), lane_(lane), step_((kTail ? 32 : lanes) * kSize) {}
+  // `lanes`: 32 with kTail. `part`: which of the kShare warps this one is.
+  __device__ __forceinline__ Strip(int first, int lanes, int lane, int part)
+      : first_(first), lane_(lane), part_(part), lanes_(lanes) {}
 
-  // Where window k of this lane begins, from the row's first window on; the tail is number kPackets.
+  // Where window k of this thread begins, from the row's first window on; the tail is number kPackets.
   __device__ __forceinline__ int At(int k) const {
-    if (k == kPackets) return lane_ == 0 ? first_ + kPackets * Step() : INT_MAX - kSize;
-    return first_ + lane_ * kSize + k * Step();
+    if (k == kPackets) return IsFirst() ? first_ + kPackets * Stride() : INT_MAX - kSize;
+    return first_ + lane_ * kSize + Part() * lanes() * kSize + k * Stride();
   }
 
-  // How many elements of the lane's first window are the strip's before, and for the sum give way to the
-  // tail.
-  __device__ __forceinline__ int Head(int shift) const { return lane_ == 0 ? shift : 0; }
+  // From one window of a thread to its next.
+  __device__ __forceinline__ int Stride() const { return kShare * lanes() * kSize; }
 
-  __device__ __forceinline__ int lanes() const { return Step() / kSize; }
+  // The tail, if there is one.
+  template <typename T>
+  __device__ __forceinline__ static Packet<T, kSize> Tail(const Packet<T, kSize> (&windows)[kWindows]) {
+    Packet<T, kSize> none;
+    none.SetZero();
+    return kTail ? windows[kWindows - 1] : none;
+  }
+
+  // How many elements of the thread's first window are the strip's before, and for the sum give way to the
+  // tail.
+  __device__ __forceinline__ int Head(int shift) const { return IsFirst() ? shift : 0; }
+
+  __device__ __forceinline__ int lanes() const { return kTail ? 32 : lanes_; }
 
   // Whether any lane has a part of window k that begins less than `stop` elements behind the row's first one.
-  __device__ __forceinline__ bool Reaches(int k, int stop) const { return first_ + k * Step() < stop; }
+  __device__ __forceinline__ bool Reaches(int k, int stop) const { return first_ + k * Stride() < stop; }
 
-  // Loads the windows of the row whose first one is at `from`, and which ends `stop` elements behind that;
-  // nothing beyond is read. Returns the one that the row's end cuts, for SetEnd, which waits for the loads.
+  // Loads the windows of the row whose first one is at `from`, and which ends `stop` elements behind that.
+  // The tensor ends `total` elements behind `from`, and nothing beyond is read. Returns the window that its
+  // end cuts, for SetEnd, which waits for the loads.
   template <typename T>
-  __device__ __forceinline__ Packet<T, kSize> Load(const T* from, int stop,
+  __device__ __forceinline__ Packet<T, kSize> Load(const T* from, int stop, int total,
                                                    Packet<T, kSize> (&windows)[kWindows]) const {
-    const int whole = stop & -kSize;
+    const int whole = total & -kSize, limit = min(stop, whole);
     const T* mine = from + At(0);
 #pragma unroll
-    for (int k = 0; k < kPackets; ++k) windows[k].Load(mine + k * Step(), At(k) < whole);
-    if (kTail) windows[kWindows - 1].Load(from + first_ + kPackets * Step(), At(kPackets) < whole);
+    for (int k = 0; k < kPackets; ++k) windows[k].Load(mine + k * Stride(), At(k) < limit);
+    if (kTail) windows[kWindows - 1].Load(from + first_ + kPackets * Stride(), At(kPackets) < limit);
     // All lanes read it, which spares each the search for it.
     Packet<T, kSize> end;
     end.SetZero();
-    if (HasEnd(stop)) end = LoadPart<kSize>(from + whole, stop - whole);
+    if (HasEnd(stop) && whole < stop) end = LoadPart<kSize>(from + whole, total - whole);
     return end;
   }
 
+  // Puts it in its place, and takes what lies behind the row out of the windows.
   template <typename T>
-  __device__ __forceinline__ void SetEnd(int stop, const Packet<T, kSize>& end,
+  __device__ __forceinline__ void SetEnd(int stop, int total, const Packet<T, kSize>& end,
                                          Packet<T, kSize> (&windows)[kWindows]) const {
     if (!HasEnd(stop)) return;
     const int whole = Anew(stop & -kSize);
+    Packet<T, kSize> cut = end;
 #pragma unroll
     for (int k = 0; k < kWindows; ++k) {
-      if (At(k) == whole) windows[k] = end;
+      if (At(k) == whole && (total & -kSize) >= stop) cut = windows[k];
+    }
+    cut = FirstOf(cut, stop - whole);
+#pragma unroll
+    for (int k = 0; k < kWindows; ++k) {
+      if (At(k) == whole) windows[k] = cut;
     }
   }
 
  private:
-  __device__ __forceinline__ int Step() const { return kTail ? 32 * kSize : step_; }
+  __device__ __forceinline__ int Part() const { return kShare == 1 ? 0 : part_; }
+  __device__ __forceinline__ bool IsFirst() const { return lane_ == 0 && Part() == 0; }
 
   // Whether the row's end cuts one of the windows.
   __device__ __forceinline__ bool HasEnd(int stop) const {
     const int whole = stop & -kSize;
-    return whole < stop && whole >= first_ && whole <= first_ + kPackets * Step();
+    return whole < stop && whole >= first_ && whole <= first_ + kPackets * Stride();
   }
 
   int first_;  // column, and element from the row's first window on
-  int lane_, step_;
+  int lane_, part_, lanes_;
 };
 
-// That of this thread, one of `threads` of the block with this row.
-template <int kSize, int kPackets, Scope kScope>
-__device__ __forceinline__ auto StripOf(int threads, int thread, const ClusterPlace<kScope>& place) {
+// That of this thread, number `thread` of those of the block with this row, of which there are `threads`; of
+// kShare warps that share a strip only one counts.
+template <int kSize, int kPackets, Scope kScope, int kShare = 1>
+__device__ __forceinline__ auto StripOf(int threads, int thread, const ClusterPlace<kScope>& place,
+                                        int part = 0) {
   constexpr bool kTail = kScope != Scope::kLanes;
-  const int warp = kTail ? place.rank * (threads / 32) + thread / 32 : 0;
-  return Strip<kSize, kPackets, kTail>(warp * kPackets * 32 * kSize, threads, kTail ? thread % 32 : thread);
+  const auto number = static_cast<unsigned>(thread), all = static_cast<unsigned>(threads);
+  const int warp = kTail ? place.rank * static_cast<int>(all / 32) + static_cast<int>(number / 32) : 0;
+  const int lane = kTail ? static_cast<int>(number % 32) : thread;
+  const int first = warp * kShare * kPackets * 32 * kSize;
+  return Strip<kSize, kPackets, kTail, kShare>(first, threads, lane, part);
 }
 
 // Packets of a tensor that begin anywhere, joined out of aligned pieces. Nothing outside the tensor is read;
@@ -164,28 +220,38 @@ class Joined {
     end_ = static_cast<int>(min(total - (start - shift_), int64_t{INT_MAX - 2 * kPiece}));
   }
 
-  // Those of packets[k]: the elements from number at(k) on, a multiple of kSize, if that is less than `stop`.
-  template <int kPackets, typename At>
-  __device__ __forceinline__ void LoadPieces(int stop, const At& at, Pieces (&packets)[kPackets]) const {
+  // Those of packets[k]: the elements from number at + k * step on, both multiples of kSize, as far as they
+  // are less than `stop`.
+  template <int kPackets>
+  __device__ __forceinline__ void LoadPieces(int stop, int at, int step, Pieces (&packets)[kPackets]) const {
+    const int whole = end_ & -kPiece, limit = min(whole, stop + shift_);
+    const T* mine = base_ + at;
+#pragma unroll
+    for (int k = 0; k < kPackets; ++k) {
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        const int offset = k * step + i * kPiece;
+        // The tensor may begin within the first packet only.
+        const bool inside = at < limit - offset && (k > 0 || at + i * kPiece >= begin_);
+        packets[k][i].Load(mine + offset, inside);
+      }
+    }
+    // The tensor's end cuts one that some thread may want.
+    if (whole == end_ || whole >= stop + shift_) return;
+    const auto is_cut = [&](int k, int i) { return at == whole - (k * step + i * kPiece); };
     bool cut = false;
 #pragma unroll
     for (int k = 0; k < kPackets; ++k) {
-      const bool wanted = at(k) < stop;
 #pragma unroll
-      for (int i = 0; i < kPieces; ++i) {
-        const int place = at(k) + i * kPiece;
-        packets[k][i].Load(base_ + place, wanted && place >= begin_ && place + kPiece <= end_);
-      }
-      cut = cut || (wanted && at(k) + kPieces * kPiece > end_);
+      for (int i = 0; i < kPieces; ++i) cut = cut || is_cut(k, i);
     }
     if (!cut) return;
-    const int whole = Anew(end_ & -kPiece);
-    const Packet<T, kPiece> last = LoadPart<kPiece>(base_ + whole, end_ - whole);
+    const Packet<T, kPiece> last = LoadPart<kPiece>(base_ + Anew(whole), end_ - whole);
 #pragma unroll
     for (int k = 0; k < kPackets; ++k) {
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {
-        if (at(k) + i * kPiece == whole) packets[k][i] = last;
+        if (is_cut(k, i)) packets[k][i] = last;
       }
     }
   }
@@ -213,10 +279,10 @@ class Joined {
     return packet;
   }
 
-  template <int kPackets, typename At>
-  __device__ __forceinline__ void Load(int stop, const At& at, P (&packets)[kPackets]) const {
+  template <int kPackets>
+  __device__ __forceinline__ void Load(int stop, int at, int step, P (&packets)[kPackets]) const {
     Pieces pieces[kPackets];
-    LoadPieces(stop, at, pieces);
+    LoadPieces(stop, at, step, pieces);
 #pragma unroll
     for (int k = 0; k < kPackets; ++k) packets[k] = Join(pieces[k]);
   }
@@ -224,7 +290,7 @@ class Joined {
   // One of them.
   __device__ __forceinline__ P LoadOne(int at, int stop) const {
     P packet[1];
-    Load(stop, [at](int) { return at; }, packet);
+    Load(stop, at, 0, packet);
     return packet[0];
   }
 
@@ -254,17 +320,12 @@ __device__ __forceinline__ void ZeroOutside(int hidden, int column, float (&valu
 // A window whose first element is that of column `column` of a row: only columns of this row are written.
 template <typename T, int kSize>
 __device__ __forceinline__ void StoreWithinRow(T* to, int hidden, int column, const float (&values)[kSize]) {
-  if (column >= 0 && column + kSize <= hidden) {
-    Packet<T, kSize> packet;
-    packet.Set(values);
-    packet.Store(to);
-    return;
-  }
-  column = Anew(column);
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    if (column + i >= 0 && column + i < hidden) to[i] = FromFloat<T>(values[i]);
-  }
+  Packet<T, kSize> packet;
+  packet.Set(values);
+  const bool whole = column >= 0 && column + kSize <= hidden;
+  packet.Store(to, whole);
+  if (whole || column + kSize <= 0 || column >= hidden) return;
+  StorePart(to, packet, -column, hidden - column);
 }
 
 }  // namespace jax_rmsnorm
