@@ -189,13 +189,33 @@ LaunchConfig ForwardLayout(const Device& device, const Ring& ring, int64_t packe
   return config;
 }
 
+// Many rows of windows for clusters of blocks, several of which an SM has place for: the clusters of which
+// most find a place, by a number of them that finds rows to lie alike. Their number is the grid's, in
+// clusters.
+LaunchConfig WindowCluster(const Device& device, int64_t hidden, int width, int64_t windows, int per_sm,
+                           int margin) {
+  const int64_t alike = BlocksAlike(hidden, width, 1);
+  LaunchConfig best = Loop();
+  for (int cluster = 2; cluster <= device.max_cluster; ++cluster) {
+    LaunchConfig config = Cluster(windows, kStripWindows, cluster);
+    if (config.block > kWindowRingThreads<Scope::kCluster>) continue;
+    const int layers = margin > 0 ? 1 : per_sm / config.block;
+    config.grid = int64_t{ResidentBlocks(device, cluster, margin)} * layers;
+    if (config.grid > alike) config.grid = config.grid / alike * alike;
+    if (config.grid > best.grid) best = config;
+  }
+  best.method = Method::kRing;
+  best.width = width;
+  return best;
+}
+
 // Rows that are not aligned to 16 bytes: in narrower packets, as far as rows are aligned to them and fit into
 // the registers of a block; others lie in windows. Those are in the registers of a block or less, or, longer
-// ones, staged in shared memory; where such rows are few, or too long for that, a cluster of blocks takes
-// the least time for one.
+// ones, staged in shared memory, or in the registers of a cluster of blocks.
 LaunchConfig UnalignedForwardLayout(const Device& device, int64_t rows, int64_t hidden, int wide, DType x,
-                                    int64_t room) {
+                                    int64_t room, int per_sm, int margin) {
   constexpr int kLanesBlock = kWindowsThreads<Scope::kLanes>;
+  constexpr int64_t kMostStaged = 32 * 1024;  // bytes of a row of many: several on an SM
   const auto narrow = static_cast<int>(std::gcd(hidden, int64_t{wide}));
   const int many = ForwardPackets(narrow, SizeOf(x));
   const int64_t packets = hidden / narrow, windows = Windows(hidden, wide);
@@ -208,7 +228,7 @@ LaunchConfig UnalignedForwardLayout(const Device& device, int64_t rows, int64_t 
   }
   LaunchConfig config;
   const bool few = rows * hidden * SizeOf(x) <= kFewBytes;
-  if (windows <= kStripWindows * kWindowsThreads<Scope::kBlock>) {
+  if (windows <= kStripWindows * kWindowRingThreads<Scope::kBlock>) {
     config = windows <= kLaneWindows * kWarp ? WindowLanes(windows, wide, kLaneWindows, kLanesBlock)
                                              : Block(windows, kStripWindows);
     config.method = Method::kRing;
@@ -216,14 +236,19 @@ LaunchConfig UnalignedForwardLayout(const Device& device, int64_t rows, int64_t 
     if (few) ShareWindows(&config);
     return config;
   }
-  config = Staged(hidden, wide, x);
   const int cluster = std::max(2, ClusterFor(windows, kStripWindows, kMaxThreads));
   // Two rounds of clusters end sooner than one of blocks.
   const bool two_rounds = rows * cluster <= int64_t{2} * device.sm_count;
-  if (cluster <= device.max_cluster && (few || two_rounds || config.shared_memory > room)) {
+  if (cluster <= device.max_cluster && (few || two_rounds)) {
     config = Cluster(windows, kStripWindows, cluster);
     config.method = Method::kWindows;
     config.width = wide;
+    return config;
+  }
+  config = Staged(hidden, wide, x);
+  if (config.shared_memory > kMostStaged) {
+    const LaunchConfig ring = WindowCluster(device, hidden, wide, windows, per_sm, margin);
+    if (ring.scope == Scope::kCluster) return ring;
   }
   return config.shared_memory <= room ? config : Loop();
 }
@@ -357,7 +382,8 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
       config = Staged(shape.hidden, width, x);
     }
   } else if (alignment == Alignment::kTensors) {
-    config = UnalignedForwardLayout(device, shape.groups * shape.rows, shape.hidden, width, x, room);
+    config = UnalignedForwardLayout(device, shape.groups * shape.rows, shape.hidden, width, x, room,
+                                    WindowsPerSM(SizeOf(gamma) > SizeOf(x), kStripWindows), margin);
   } else {
     config = Loop();
   }
@@ -374,9 +400,13 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
     if (config.method == Method::kRing) {  // rows that are not aligned, in several blocks an SM
       config.shared_memory = 2 * ring.PlaceBytes(config);
       const int threads = WindowsPerSM(SizeOf(gamma) > SizeOf(x), config.packets);
-      if (margin == 0) most = int64_t{device.sm_count} * (threads / config.block);
-      const int64_t alike = BlocksAlike(shape.hidden, width, slots);
-      if (most > alike) most = most / alike * alike;
+      if (config.scope == Scope::kCluster) {
+        most = config.grid;
+      } else {
+        if (margin == 0) most = int64_t{device.sm_count} * (threads / config.block);
+        const int64_t alike = BlocksAlike(shape.hidden, width, slots);
+        if (most > alike) most = most / alike * alike;
+      }
     }
     config.grid = std::min(CeilDiv(shape.groups * shape.rows, slots * config.rows), most) * config.cluster;
     config.dependent = device.dependent_launch;

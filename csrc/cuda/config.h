@@ -60,12 +60,16 @@ constexpr int kSmallBlock = 320;
 constexpr int64_t StageBytes(int64_t bytes) { return (bytes + 15) / 16 * 16 + 16; }
 
 // Forward kernels of rows that are not aligned: the windows of a lane, where several warps have the row, and
-// at the most where one has it or part of one; the threads of a block; and those that an SM has place for.
+// at the most where one has it or part of one; the threads of a block at the most, where rows are many and
+// where they are few (in a block twice as many share a row); and the threads that an SM has place for where
+// they are many.
 constexpr int kStripWindows = 4;
 constexpr int kLaneWindows = 6;
 template <Scope kScope>
+constexpr int kWindowRingThreads = kScope == Scope::kLanes ? 128 : 384;
+template <Scope kScope>
 constexpr int kWindowsThreads = kScope == Scope::kLanes   ? 128
-                                : kScope == Scope::kBlock ? 256
+                                : kScope == Scope::kBlock ? 2 * kWindowRingThreads<kScope>
                                                           : kMaxThreads;
 constexpr int WindowsPerSM(bool wide_gamma, int windows) { return wide_gamma || windows > 4 ? 512 : 768; }
 

@@ -219,6 +219,7 @@ auto FindForwardWindows(const LaunchConfig& config) -> void (*)(ForwardParams) {
 
 template <typename T, typename G>
 auto FindForwardWindowRing(const LaunchConfig& config) -> void (*)(ForwardParams) {
+  if (config.scope == Scope::kCluster) return ForwardWindowRingKernel<T, G, kStripWindows, Scope::kCluster>;
   if (config.scope == Scope::kBlock) return ForwardWindowRingKernel<T, G, kStripWindows, Scope::kBlock>;
   return WithLaneWindows(config.packets, [](auto windows) {
     return ForwardWindowRingKernel<T, G, decltype(windows)::value, Scope::kLanes>;

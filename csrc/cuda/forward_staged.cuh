@@ -103,25 +103,47 @@ __global__ __launch_bounds__(kMaxThreads, kAligned || sizeof(G) < 4 ? 3 : 2) voi
     if (args.rrms != nullptr && threadIdx.x == 0) args.rrms[row] = rrms;
 
     const int64_t gamma_start = GammaRow(args.shape, row) * hidden - shift;
-    [[maybe_unused]] const auto joined_gamma = JoinedGamma<G, kSize>(args, gamma_start);
-#pragma unroll 2
-    for (int at = first; at < stop; at += step) {
-      float values[kSize], gamma[kSize], y[kSize];
-      if constexpr (kAligned) {
-        LoadGammaAs<G>(args, gamma_start, at, gamma);
-      } else {
-        GetGamma(joined_gamma.LoadOne(at, stop), args.gamma != nullptr, arithmetic.zero_centered_gamma,
-                 gamma);
-      }
+    const auto normalize = [&](int at, float (&gamma)[kSize], float (&y)[kSize]) {
+      float values[kSize];
       read(at).Get(values);
       Normalize<T>(values, rrms, gamma, arithmetic.round_before_gamma, y);
-      const int column = at - shift;
-      if constexpr (kAligned) {
+    };
+    if constexpr (kAligned) {
+#pragma unroll 2
+      for (int column = first; column < hidden; column += step) {
+        float gamma[kSize], y[kSize];
+        LoadGammaAs<G>(args, gamma_start, column, gamma);
+        normalize(column, gamma, y);
         StoreAs<T>(args.y_dtype, args.y, start + column, y);
-      } else {
+      }
+    } else {
+      const auto joined_gamma = JoinedGamma<G, kSize>(args, gamma_start);
+      const auto write = [&](int at, auto inner) {
+        constexpr bool kInner = decltype(inner)::value;  // whole, and so is all that gamma's is joined of
+        const bool present = args.gamma != nullptr;
+        float gamma[kSize], y[kSize];
+        GetGamma(kInner ? joined_gamma.LoadInner(at, present) : joined_gamma.LoadOne(at, stop), present,
+                 arithmetic.zero_centered_gamma, gamma);
+        normalize(at, gamma, y);
+        const int column = at - shift;
         WithTypeBeside<T>(args.y_dtype, [&](auto tag) {
-          StoreWithinRow(static_cast<decltype(tag)*>(args.y) + start + column, hidden, column, y);
+          using Y = decltype(tag);
+          Y* to = static_cast<Y*>(args.y) + start + column;
+          if constexpr (kInner) {
+            Packet<Y, kSize> packet;
+            packet.Set(y);
+            packet.Store(to);
+          } else {
+            StoreWithinRow(to, hidden, column, y);
+          }
         });
+      };
+      const int last = (stop - 1) / kSize * kSize, inner = last - kSize;
+      for (int at = first + kSize; at < inner; at += step) write(at, std::true_type{});
+      // The first window and the last two.
+      if (threadIdx.x < 3) {
+        const int at = threadIdx.x == 0 ? 0 : threadIdx.x == 1 ? inner : last;
+        write(at, std::false_type{});
       }
     }
     if constexpr (!kAligned) __syncthreads();  // the row is read no more

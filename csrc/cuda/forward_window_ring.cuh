@@ -1,4 +1,5 @@
-// The forward kernel of many rows that do not begin at multiples of 16 bytes, and that a small block holds.
+// The forward kernel of many rows that do not begin at multiples of 16 bytes, and that a small block, or a
+// cluster of such blocks, holds.
 #pragma once
 
 #include "forward_common.cuh"
@@ -11,13 +12,13 @@ namespace jax_rmsnorm {
 // next row's into shared memory while it works on one.
 //
 // Preconditions: the tensors are aligned to 16 bytes; the row fits wherever it begins, hidden + kSize - 1 <=
-// kSize * kPackets * threads_per_row; kSize <= threads_per_row.
+// kSize * kPackets * threads_per_row * blocks of the cluster; kSize <= threads_per_row.
 template <typename T, typename G, int kPackets, Scope kScope,
           int kPerSM = WindowsPerSM(sizeof(G) > sizeof(T), kPackets)>
 __global__ __launch_bounds__(
-    kWindowsThreads<kScope>,
-    kPerSM /
-        kWindowsThreads<kScope>) void ForwardWindowRingKernel(const __grid_constant__ ForwardParams params) {
+    kWindowRingThreads<kScope>,
+    kPerSM / kWindowRingThreads<kScope>) void ForwardWindowRingKernel(const __grid_constant__ ForwardParams
+                                                                          params) {
   constexpr int kSize = 16 / sizeof(T);
   constexpr bool kTail = kScope != Scope::kLanes;
   const ForwardArgs& args = params.args;
@@ -26,17 +27,18 @@ __global__ __launch_bounds__(
   const int64_t rows = args.shape.groups * args.shape.rows;
   const Slots<kScope> slots(params.threads_per_row);
   const int threads = slots.threads, thread = slots.thread;
-  const auto strip = StripOf<kSize, kPackets, kScope>(threads, thread, {});
+  const ClusterPlace<kScope> place;
+  const auto strip = StripOf<kSize, kPackets, kScope>(threads, thread, place);
   extern __shared__ uint4 shared[];
   const PacketRing<T, kSize, kTail, true> ring(SharedAddress(shared), args.x);
-  RowSum<kScope> row_sum(threads);
+  WholeRowSum<kScope> row_sum(threads, thread);
   LaunchDependents();
   WaitForPrimary();
 
   const int64_t elements = rows * hidden;
   const float gamma_offset = args.gamma == nullptr || arithmetic.zero_centered_gamma ? 1.0f : -0.0f;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * slots.count;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * slots.count;
+  const int64_t first = static_cast<int64_t>(blockIdx.x / place.blocks) * slots.count;
+  const int64_t step = static_cast<int64_t>(gridDim.x / place.blocks) * slots.count;
   // Every so many-th row of a slot lies as this one does.
   const int turn = static_cast<int>(step * hidden & (kSize - 1));
   const int ways = turn == 0 ? 1 : kSize >> (__ffs(turn) - 1);
@@ -112,7 +114,7 @@ __global__ __launch_bounds__(
       const float sum = row_sum.OfWarps(circle.Over(strip.lanes()));
       if (!live) continue;
       const float rrms = rsqrtf(sum * params.inverse_hidden + arithmetic.eps);
-      if (args.rrms != nullptr && thread == 0) args.rrms[row] = rrms;
+      if (args.rrms != nullptr && thread == 0 && place.rank == 0) args.rrms[row] = rrms;
 
       WithTypeBeside<T>(args.y_dtype, [&](auto tag) {
         using Y = decltype(tag);

@@ -13,7 +13,7 @@ namespace jax_rmsnorm {
 // kSize * kPackets * threads_per_row * blocks of the cluster; kSize * kShare <= threads_per_row.
 template <typename T, typename G, int kPackets, Scope kScope, int kShare>
 __global__ __launch_bounds__(
-    kWindowsThreads<kScope>*(kScope == Scope::kBlock ? kShare : 1),
+    kWindowsThreads<kScope>,
     kScope == Scope::kLanes ? 4 : 1) void ForwardWindowsKernel(const __grid_constant__ ForwardParams params) {
   constexpr int kSize = 16 / sizeof(T);
   constexpr bool kEarlyGamma = kPackets * Packet<G, kSize>::kRegisters <= 24;

@@ -287,6 +287,14 @@ class Joined {
     for (int k = 0; k < kPackets; ++k) packets[k] = Join(pieces[k]);
   }
 
+  // One of which all pieces lie within the tensor, if there is one.
+  __device__ __forceinline__ P LoadInner(int at, bool present) const {
+    Pieces pieces;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) pieces[i].Load(base_ + at + i * kPiece, present);
+    return Join(pieces);
+  }
+
   // One of them.
   __device__ __forceinline__ P LoadOne(int at, int stop) const {
     P packet[1];
