@@ -265,11 +265,15 @@ auto FindBackwardUnaligned(Scope scope) -> void (*)(BackwardParams) {
 }
 
 template <typename T, typename D, int kSize, int kPackets, bool kAligned>
-auto FindBackwardFew(Scope scope) -> void (*)(BackwardParams) {
-  switch (scope) {
+auto FindBackwardFew(const LaunchConfig& config) -> void (*)(BackwardParams) {
+  switch (config.scope) {
     case Scope::kLanes:
       return BackwardFewKernel<T, D, kSize, kPackets, Scope::kLanes, kAligned>;
     case Scope::kBlock:
+      if constexpr (kAligned) {
+        if (config.block <= kFewThreads)
+          return BackwardFewKernel<T, D, kSize, kPackets, Scope::kBlock, true, kFewThreads>;
+      }
       return BackwardFewKernel<T, D, kSize, kPackets, Scope::kBlock, kAligned>;
     default:
       return BackwardFewKernel<T, D, kSize, kPackets, Scope::kCluster, kAligned>;
@@ -289,7 +293,7 @@ auto FindBackward(const LaunchConfig& config, const BackwardArgs& args) -> void 
   if (!config.aligned) {
     if constexpr (std::is_same_v<T, D>) {
       if (config.width < kSize) {
-        return few ? FindBackwardFew<T, T, kSize / 2, 4, true>(config.scope)
+        return few ? FindBackwardFew<T, T, kSize / 2, 4, true>(config)
                    : FindBackwardUnaligned<T, T, kSize / 2, 4, true>(config.scope);
       }
     }
@@ -297,7 +301,7 @@ auto FindBackward(const LaunchConfig& config, const BackwardArgs& args) -> void 
       return BackwardKernel<T, D, kSize, 3, Scope::kBlock, false, Fusion::kNone, kLanesThreads>;
     }
     if (config.packets == 3) {
-      return few ? FindBackwardFew<T, D, kSize, 3, false>(config.scope)
+      return few ? FindBackwardFew<T, D, kSize, 3, false>(config)
                  : FindBackwardUnaligned<T, D, kSize, 3, false>(config.scope);
     }
     if (config.packets == 2) {
@@ -309,7 +313,7 @@ auto FindBackward(const LaunchConfig& config, const BackwardArgs& args) -> void 
   }
   if (few) {
     return config.packets == 1             ? BackwardFewKernel<T, D, kSize, 1, Scope::kLanes, true>
-           : config.packets == 2           ? FindBackwardFew<T, D, kSize, 2, true>(config.scope)
+           : config.packets == 2           ? FindBackwardFew<T, D, kSize, 2, true>(config)
            : config.scope == Scope::kLanes ? BackwardFewKernel<T, D, kSize, 3, Scope::kLanes, true>
                                            : BackwardFewKernel<T, D, kSize, 3, Scope::kCluster, true>;
   }
@@ -322,6 +326,7 @@ cudaError_t LaunchBackwardAs(const BackwardArgs& args, const LaunchConfig& confi
   const BackwardParams params{args,
                               1.0f / static_cast<float>(args.shape.hidden),
                               config.threads_per_row,
+                              config.slots,
                               config.blocks_per_group,
                               config.tiles,
                               config.tile_packets,

@@ -15,6 +15,7 @@ struct BackwardParams {
   BackwardArgs args;
   float inverse_hidden;
   int threads_per_row;
+  int slots;  // of a block of BackwardFewKernel
   int64_t blocks_per_group;
   int64_t tiles;        // of dgamma, in a group, where BackwardFewKernel works
   int tile_packets;     // columns of such a tile, in packets: a power of two

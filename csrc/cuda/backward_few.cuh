@@ -8,15 +8,23 @@
 namespace jax_rmsnorm {
 
 // The row of this thread, of the block (or cluster) that is number `block` of those that compute dx: one for
-// every threads_per_row threads.
-template <Scope kScope>
+// every threads_per_row threads, with kOne for the block.
+template <Scope kScope, bool kOne>
 struct FewRow {
   __device__ FewRow(const BackwardParams& params, int block)
-      : slots(params.threads_per_row),
+      : slots(MakeSlots(params)),
         index(int64_t{block} * slots.count + slots.number),
         group(params.args.shape.groups == 1 ? 0 : index / params.args.shape.rows),
         live(index < params.args.shape.groups * params.args.shape.rows),
-        sum(slots.threads, slots.thread) {}
+        sum(slots.threads, slots.number, slots.thread) {}
+
+  static __device__ auto MakeSlots(const BackwardParams& params) {
+    if constexpr (kScope == Scope::kBlock && !kOne) {
+      return Slots<kScope, kOne>(params.threads_per_row, params.slots);
+    } else {
+      return Slots<kScope, kOne>(params.threads_per_row);
+    }
+  }
 
   // The first column of the thread's packet k, as in BackwardKernel.
   template <int kSize>
@@ -24,7 +32,7 @@ struct FewRow {
     return ((k * place.blocks + place.rank) * slots.threads + slots.thread) * kSize;
   }
 
-  Slots<kScope> slots;
+  Slots<kScope, kOne> slots;
   int64_t index, group;  // the row's, counted through all groups, and its group's
   bool live;             // the others take part in the sums only
   ClusterPlace<kScope> place;
@@ -34,11 +42,11 @@ struct FewRow {
 // kMore, here and below: there is more than one gradient of y.
 
 // dx of the rows of one block (or cluster).
-template <typename T, typename D, int kSize, int kPackets, Scope kScope, bool kMore>
+template <typename T, typename D, int kSize, int kPackets, Scope kScope, bool kOne, bool kMore>
 __device__ __forceinline__ void DifferentiateRows(const BackwardParams& params, int block) {
   const BackwardArgs& args = params.args;
   const int hidden = static_cast<int>(args.shape.hidden);
-  FewRow<kScope> row(params, block);
+  FewRow<kScope, kOne> row(params, block);
 
   Packet<T, kSize> x[kPackets];
   Packet<D, kSize> dy[kPackets];
@@ -86,11 +94,11 @@ __device__ __forceinline__ void DifferentiateRows(const BackwardParams& params, 
 }
 
 // The same of rows that do not begin at multiples of 16 bytes, with the bits of BackwardKernel.
-template <typename T, typename D, int kSize, int kPackets, Scope kScope>
+template <typename T, typename D, int kSize, int kPackets, Scope kScope, bool kOne>
 __device__ __forceinline__ void DifferentiateWindows(const BackwardParams& params, int block) {
   const BackwardArgs& args = params.args;
   const int hidden = static_cast<int>(args.shape.hidden);
-  FewRow<kScope> row(params, block);
+  FewRow<kScope, kOne> row(params, block);
   const auto strip = StripOf<kSize, kPackets, kScope>(row.slots.threads, row.slots.thread, row.place);
 
   const int64_t start = row.index * hidden;
@@ -201,18 +209,21 @@ __device__ __forceinline__ void SumTile(const BackwardParams& params, int64_t gr
 
 // Blocks an SM for which the compiler keeps registers: two, unless a thread has so much of a row that it
 // would spill.
-template <int kElements, Scope kScope, bool kAligned>
-constexpr int kFewBlocks = kScope == Scope::kLanes || (kAligned && kElements <= 16) ? 2 : 1;
+template <int kElements, int kThreads, bool kAligned>
+constexpr int kFewBlocks = kThreads == kFewThreads || (kAligned && kElements <= 16) ? 2 : 1;
 
 // Grid: the tiles of dgamma, group by group, then blocks (or clusters) of rows for dx. Preconditions: the row
 // fits, hidden <= kSize * kPackets * threads_per_row * blocks of the cluster; with kAligned all rows are
 // aligned to their packets, without it tensors are, to packets of 16 bytes, and the row fits wherever it
 // begins. Only rows aligned to 16 bytes come with a dh or with gradients beyond the first.
-template <typename T, typename D, int kSize, int kPackets, Scope kScope, bool kAligned>
-__global__ __launch_bounds__(
-    kScope == Scope::kLanes ? kFewThreads : kMaxThreads,
-    kFewBlocks<kSize * kPackets, kScope, kAligned>) void BackwardFewKernel(const __grid_constant__
-                                                                               BackwardParams params) {
+template <typename T, typename D, int kSize, int kPackets, Scope kScope, bool kAligned,
+          int kThreads = kScope == Scope::kLanes ? kFewThreads : kMaxThreads>
+__global__
+__launch_bounds__(kThreads, kFewBlocks<kSize * kPackets, kThreads, kAligned>) void BackwardFewKernel(
+    const __grid_constant__ BackwardParams params) {
+  // A block with more threads than few rows take has one that needs them.
+  constexpr bool kOne =
+      kScope == Scope::kCluster || (kScope == Scope::kBlock && kAligned && kThreads > kFewThreads);
   constexpr bool kMayAdd = kAligned && kSize * (sizeof(T) < sizeof(D) ? sizeof(T) : sizeof(D)) == 16;
   LaunchDependents();
   WaitForPrimary();
@@ -231,11 +242,13 @@ __global__ __launch_bounds__(
                                             sums);
       return;
     }
-    if (kScope == Scope::kBlock && threadIdx.x >= params.threads_per_row) return;  // for tiles alone
+    if (kScope == Scope::kBlock && static_cast<int>(threadIdx.x) >= params.slots * params.threads_per_row) {
+      return;  // for tiles alone
+    }
     if constexpr (!kAligned) {
-      DifferentiateWindows<T, D, kSize, kPackets, kScope>(params, cluster);
+      DifferentiateWindows<T, D, kSize, kPackets, kScope, kOne>(params, cluster);
     } else {
-      DifferentiateRows<T, D, kSize, kPackets, kScope, kMore>(params, cluster);
+      DifferentiateRows<T, D, kSize, kPackets, kScope, kOne, kMore>(params, cluster);
     }
   };
   // Once for the whole kernel: a branch within a loop would keep its loads apart.

@@ -190,18 +190,14 @@ LaunchConfig ForwardLayout(const Device& device, const Ring& ring, int64_t packe
 }
 
 // Many rows of windows for clusters of blocks, several of which an SM has place for: the clusters of which
-// most find a place, by a number of them that finds rows to lie alike. Their number is the grid's, in
-// clusters.
-LaunchConfig WindowCluster(const Device& device, int64_t hidden, int width, int64_t windows, int per_sm,
-                           int margin) {
-  const int64_t alike = BlocksAlike(hidden, width, 1);
+// most find a place. Their number is the grid's, in clusters.
+LaunchConfig WindowCluster(const Device& device, int width, int64_t windows, int per_sm, int margin) {
   LaunchConfig best = Loop();
   for (int cluster = 2; cluster <= device.max_cluster; ++cluster) {
     LaunchConfig config = Cluster(windows, kStripWindows, cluster);
     if (config.block > kWindowRingThreads<Scope::kCluster>) continue;
     const int layers = margin > 0 ? 1 : per_sm / config.block;
     config.grid = int64_t{ResidentBlocks(device, cluster, margin)} * layers;
-    if (config.grid > alike) config.grid = config.grid / alike * alike;
     if (config.grid > best.grid) best = config;
   }
   best.method = Method::kRing;
@@ -213,9 +209,9 @@ LaunchConfig WindowCluster(const Device& device, int64_t hidden, int width, int6
 // the registers of a block; others lie in windows. Those are in the registers of a block or less, or, longer
 // ones, staged in shared memory, or in the registers of a cluster of blocks.
 LaunchConfig UnalignedForwardLayout(const Device& device, int64_t rows, int64_t hidden, int wide, DType x,
-                                    int64_t room, int per_sm, int margin) {
+                                    int64_t room, bool wide_gamma, int margin) {
   constexpr int kLanesBlock = kWindowsThreads<Scope::kLanes>;
-  constexpr int64_t kMostStaged = 32 * 1024;  // bytes of a row of many: several on an SM
+  const int64_t most_staged = wide_gamma ? 0 : 48 * 1024;  // bytes of a row of many: several on an SM
   const auto narrow = static_cast<int>(std::gcd(hidden, int64_t{wide}));
   const int many = ForwardPackets(narrow, SizeOf(x));
   const int64_t packets = hidden / narrow, windows = Windows(hidden, wide);
@@ -228,7 +224,9 @@ LaunchConfig UnalignedForwardLayout(const Device& device, int64_t rows, int64_t 
   }
   LaunchConfig config;
   const bool few = rows * hidden * SizeOf(x) <= kFewBytes;
-  if (windows <= kStripWindows * kWindowRingThreads<Scope::kBlock>) {
+  const int per_sm = WindowsPerSM(wide_gamma, kStripWindows);
+  // Two blocks on an SM, or more.
+  if (windows <= kStripWindows * std::min(per_sm / 2, kWindowRingThreads<Scope::kBlock>)) {
     config = windows <= kLaneWindows * kWarp ? WindowLanes(windows, wide, kLaneWindows, kLanesBlock)
                                              : Block(windows, kStripWindows);
     config.method = Method::kRing;
@@ -246,8 +244,8 @@ LaunchConfig UnalignedForwardLayout(const Device& device, int64_t rows, int64_t 
     return config;
   }
   config = Staged(hidden, wide, x);
-  if (config.shared_memory > kMostStaged) {
-    const LaunchConfig ring = WindowCluster(device, hidden, wide, windows, per_sm, margin);
+  if (config.shared_memory > most_staged) {
+    const LaunchConfig ring = WindowCluster(device, wide, windows, per_sm, margin);
     if (ring.scope == Scope::kCluster) return ring;
   }
   return config.shared_memory <= room ? config : Loop();
@@ -383,7 +381,7 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
     }
   } else if (alignment == Alignment::kTensors) {
     config = UnalignedForwardLayout(device, shape.groups * shape.rows, shape.hidden, width, x, room,
-                                    WindowsPerSM(SizeOf(gamma) > SizeOf(x), kStripWindows), margin);
+                                    SizeOf(gamma) > SizeOf(x), margin);
   } else {
     config = Loop();
   }
@@ -400,13 +398,10 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
     if (config.method == Method::kRing) {  // rows that are not aligned, in several blocks an SM
       config.shared_memory = 2 * ring.PlaceBytes(config);
       const int threads = WindowsPerSM(SizeOf(gamma) > SizeOf(x), config.packets);
-      if (config.scope == Scope::kCluster) {
+      if (config.scope == Scope::kCluster)
         most = config.grid;
-      } else {
-        if (margin == 0) most = int64_t{device.sm_count} * (threads / config.block);
-        const int64_t alike = BlocksAlike(shape.hidden, width, slots);
-        if (most > alike) most = most / alike * alike;
-      }
+      else if (margin == 0)
+        most = int64_t{device.sm_count} * (threads / config.block);
     }
     config.grid = std::min(CeilDiv(shape.groups * shape.rows, slots * config.rows), most) * config.cluster;
     config.dependent = device.dependent_launch;
@@ -446,9 +441,12 @@ LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x
     config.dependent = device.dependent_launch;
     config.block = few_threads;
     if (partial_rows > 0) TileDgamma(device, shape, &config);
-    const int64_t slots = lanes ? config.block / config.threads_per_row : 1;
-    const int64_t rows = CeilDiv(shape.groups * shape.rows, slots);
-    config.grid = (CeilDiv(config.tiles * shape.groups, config.cluster) + rows) * config.cluster;
+    const int64_t rows = shape.groups * shape.rows, tiles = config.tiles * shape.groups;
+    // Where every row can have a block to itself, it is done sooner.
+    if (lanes || (config.cluster == 1 && rows + tiles > int64_t{2} * device.sm_count)) {
+      config.slots = config.block / config.threads_per_row;
+    }
+    config.grid = (CeilDiv(tiles, config.cluster) + CeilDiv(rows, config.slots)) * config.cluster;
     return config;
   }
 

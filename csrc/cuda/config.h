@@ -125,6 +125,7 @@ struct LaunchConfig {
   int ahead = 0;                   // rows that a ring copies ahead; 0: as RowsAhead says
   int64_t grid = 0;                // blocks; a multiple of `cluster`
   bool dependent = false;          // launched while the stream's last kernel ends, which it waits for
+  int slots = 1;                   // kFew: rows that a block takes at the same time
   int64_t tiles = 0;               // kFew: of a group's dgamma
   int tile_packets = 0;            // kFew: columns of a tile, in packets
   int64_t blocks_per_group = 0;    // persistent blocks (or clusters) that share the rows of one group

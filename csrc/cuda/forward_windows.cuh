@@ -27,7 +27,7 @@ __global__ __launch_bounds__(
   const auto part = static_cast<int>(threadIdx.x / 32 % kShare);
   const ClusterPlace<kScope> place;
   const auto strip = StripOf<kSize, kPackets, kScope, kShare>(threads, thread, place, part);
-  WholeRowSum<kScope, kShare> row_sum(threads, thread);
+  WholeRowSum<kScope, kShare> row_sum(threads, slots.number, thread);
   LaunchDependents();
   WaitForPrimary();
 

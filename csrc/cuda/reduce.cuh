@@ -163,6 +163,13 @@ struct Slots {
     }
   }
 
+  // Of a block with threads beyond those of `slots` slots.
+  __device__ Slots(int threads_per_row, int slots) : threads(threads_per_row), count(slots) {
+    const auto index = static_cast<int>(threadIdx.x);
+    number = slots == 1 ? 0 : index / threads;
+    thread = index - number * threads;
+  }
+
   int threads;    // of a slot, which are numbered
   int count = 1;  // of the slots
   int number = 0;
@@ -185,16 +192,23 @@ struct ClusterPlace {
   }
 };
 
-// One sum after another over a row's threads: part of a warp, or a whole block. Successive sums alternate
-// between two buffers, so that one barrier a sum is enough: a buffer is written again only after the barrier
-// that follows its last reading. Of kShare warps in a row that have the same value only the first hands it
-// in, and only its threads count.
+// One sum after another over a row's threads: part of a warp, or those of a block's slot. Successive sums
+// alternate between two buffers, so that one barrier a sum is enough: a buffer is written again only after
+// the barrier that follows its last reading. Of kShare warps in a row that have the same value only the first
+// hands it in, and only its threads count.
 template <Scope kScope, int kShare = 1>
 class RowSum {
  public:
-  __device__ explicit RowSum(int threads_per_row) : threads_(threads_per_row) {}
+  // `slot`: which of the block's rows this thread works on, as number `thread` of its threads there.
+  __device__ RowSum(int threads_per_row, int slot, int thread)
+      : threads_(threads_per_row), slot_(slot), thread_(thread) {}
 
-  // All threads of the row must take part, and with kLanes all those of the warp.
+  // In a block of one slot.
+  __device__ explicit RowSum(int threads_per_row)
+      : RowSum(threads_per_row, 0, static_cast<int>(threadIdx.x)) {}
+
+  // All threads of the block must take part, but for those beyond the slots', and with kLanes all of the
+  // warp.
   __device__ __forceinline__ float operator()(float value) {
     return OfWarps(kScope == Scope::kLanes ? SumLanes(value, threads_) : SumWarp(value));
   }
@@ -204,19 +218,20 @@ class RowSum {
     if constexpr (kScope == Scope::kLanes) {
       return value;
     } else {
-      __shared__ alignas(16) float buffers[2][kMaxWarps];
-      float* buffer = buffers[phase_];
+      // Each slot has its warps' sums at a multiple of four, zeros behind them.
+      __shared__ alignas(16) float buffers[2][2 * kMaxWarps];
+      const int warps = threads_ / 32, padded = (warps + 3) / 4 * 4;
+      float* buffer = buffers[phase_] + slot_ * padded;
       phase_ ^= 1;
-      const int warps = threads_ / 32;
-      if (threadIdx.x % (32 * kShare) == 0) buffer[threadIdx.x / (32 * kShare)] = value;
-      if (threadIdx.x < 4 && warps + threadIdx.x < (warps + 3) / 4 * 4) buffer[warps + threadIdx.x] = 0.0f;
+      if (threadIdx.x % (32 * kShare) == 0) buffer[thread_ / 32] = value;
+      if (thread_ < 4 && warps + thread_ < padded) buffer[warps + thread_] = 0.0f;
       __syncthreads();
-      return SumWarps(SharedAddress(buffer), threads_ / 32);
+      return SumWarps(SharedAddress(buffer), warps);
     }
   }
 
  private:
-  int threads_;
+  int threads_, slot_, thread_;
   int phase_ = 0;
 };
 
@@ -379,8 +394,9 @@ class WholeRowSum {
   static constexpr bool kCluster = kScope == Scope::kCluster;
 
  public:
-  // `thread`: this thread's number among those of its row. In a cluster a block has one row at a time.
-  __device__ WholeRowSum(int threads_per_row, int thread) : sum_(Make(threads_per_row, thread)) {}
+  // See RowSum. In a cluster a block has one slot.
+  __device__ WholeRowSum(int threads_per_row, int slot, int thread)
+      : sum_(Make(threads_per_row, slot, thread)) {}
 
   __device__ __forceinline__ float operator()(float value) {
     if constexpr (kCluster) {
@@ -402,12 +418,12 @@ class WholeRowSum {
   }
 
  private:
-  static __device__ auto Make(int threads, int thread) {
+  static __device__ auto Make(int threads, int slot, int thread) {
     if constexpr (kCluster) {
       __shared__ typename SplitRowSum<kScope, kShare>::Shared memory;
       return SplitRowSum<kScope, kShare>(memory, threads, 0, thread);
     } else {
-      return RowSum<kScope, kShare>(threads);
+      return RowSum<kScope, kShare>(threads, slot, thread);
     }
   }
 
