@@ -1,10 +1,11 @@
-// The backward kernel: dx, and one partial row of dgamma for each persistent block (or cluster).
+// The backward kernels: dx, and one partial row of dgamma for each persistent block (or cluster).
 #pragma once
 
 #include "backward_common.cuh"
 #include "backward_few.cuh"
 #include "backward_loop.cuh"
 #include "backward_rotary.cuh"
+#include "backward_windows.cuh"
 #include "ring.cuh"
 
 namespace jax_rmsnorm {
@@ -18,14 +19,11 @@ namespace jax_rmsnorm {
 // and writes that row's dx: nobody waits for the slowest thread of the row. Both rows are in the ring, and
 // behind them the packets in flight, as many as the memory likes best.
 //
-// Preconditions: all tensors are aligned to 16 bytes, and with kAligned all rows to their packets; the row
-// fits, hidden <= kSize * kPackets * threads_per_row * blocks of the cluster. Without kAligned packets are of
-// 16 bytes; the row fits wherever it begins; it has kSize threads or more; and all rows that a slot takes of
-// a group begin equally far behind a multiple of kSize elements. Gradients beyond the first dy need kAdd, and
-// kAdd needs kAligned.
-template <typename T, typename D, int kSize, int kPackets, Scope kScope, bool kAligned, Fusion kFusion,
-          int kThreads = kScope == Scope::kLanes ? kLanesThreads : kMaxThreads>
-__global__ __launch_bounds__(kThreads, 1) void BackwardKernel(const __grid_constant__ BackwardParams params) {
+// Preconditions: all tensors are aligned to 16 bytes, and all rows to their packets; the row fits, hidden <=
+// kSize * kPackets * threads_per_row * blocks of the cluster. Gradients beyond the first dy need kAdd.
+template <typename T, typename D, int kSize, int kPackets, Scope kScope, Fusion kFusion>
+__global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThreads,
+                             1) void BackwardKernel(const __grid_constant__ BackwardParams params) {
   constexpr int kNarrowest = sizeof(T) < sizeof(D) ? sizeof(T) : sizeof(D);
   constexpr bool kAdd = kFusion == Fusion::kAdd;
   constexpr int kAhead = kRowsAhead<kScope, kPackets * kSize * kNarrowest / 16, kAdd>;
@@ -39,7 +37,6 @@ __global__ __launch_bounds__(kThreads, 1) void BackwardKernel(const __grid_const
   __shared__ typename SplitRowSum<kScope>::Shared sum_memory;
   const BackwardArgs& args = params.args;
   const int hidden = static_cast<int>(args.shape.hidden);
-  const int64_t rows = args.shape.rows;
   const bool round = args.arithmetic.round_before_gamma;
   const ClusterPlace<kScope> place;
   const Slots<kScope, kScope == Scope::kCluster> slots(params.threads_per_row);
@@ -47,13 +44,12 @@ __global__ __launch_bounds__(kThreads, 1) void BackwardKernel(const __grid_const
   SplitRowSum<kScope> row_sum(sum_memory, threads, slots.number, thread);
   LaunchDependents();
   WaitForPrimary();
-  constexpr bool kTail = !kAligned && kScope != Scope::kLanes;
   const uint32_t ring_memory = SharedAddress(shared);
-  const PacketRing<T, kSize, kTail, !kAdd> x_ring(ring_memory, args.x);
-  const PacketRing<D, kSize, kTail, !kAdd> dy_ring(ring_memory + kPlaces * x_ring.Bytes(), args.dy[0]);
+  const PacketRing<T, kSize, false, !kAdd> x_ring(ring_memory, args.x);
+  const PacketRing<D, kSize, false, !kAdd> dy_ring(ring_memory + kPlaces * x_ring.Bytes(), args.dy[0]);
   // Behind these two rings, with kAdd: the ring of dh, and one for each further gradient.
   const uint32_t behind = ring_memory + kPlaces * (x_ring.Bytes() + dy_ring.Bytes());
-  const PacketRing<T, kSize, kTail, !kAdd> dh_ring(behind, args.dh);
+  const PacketRing<T, kSize, false, !kAdd> dh_ring(behind, args.dh);
   // How far behind dy's ring that of its gradient g is.
   const auto gradient = [&](int g) {
     return kPlaces * (dh_ring.Bytes() + static_cast<uint32_t>(g) * dy_ring.Bytes());
@@ -70,12 +66,11 @@ __global__ __launch_bounds__(kThreads, 1) void BackwardKernel(const __grid_const
     }
   };
 
-  const auto strip = StripOf<kSize, kPackets, kScope>(threads, thread, place);
-  // The tensors' elements, and where the thread's packets begin, from the row's first on.
-  [[maybe_unused]] const int64_t elements = args.shape.groups * rows * hidden;
-  const auto at = [&](int k) {
-    return kAligned ? ((k * place.blocks + place.rank) * threads + thread) * kSize : strip.At(k);
-  };
+  int column[kPackets];
+#pragma unroll
+  for (int k = 0; k < kPackets; ++k) {
+    column[k] = ((k * place.blocks + place.rank) * threads + thread) * kSize;
+  }
 
   const int64_t items = args.shape.groups * params.blocks_per_group;
   unsigned turn = 0;  // counted on from item to item, for row_sum
@@ -83,40 +78,14 @@ __global__ __launch_bounds__(kThreads, 1) void BackwardKernel(const __grid_const
     const Turns<> turns(args.shape, params.blocks_per_group, item, slots.count, slots.number);
     const int64_t row_step = turns.step * hidden;
     int64_t start = turns.row * hidden;
-    // Rows of one shift only, so that its packets' columns are the thread's throughout.
-    const int shift = kAligned ? 0 : static_cast<int>(start & (kSize - 1));
-    int column[kPackets];
-#pragma unroll
-    for (int k = 0; k < kPackets; ++k) column[k] = at(k) - shift;
-    const int tail_column = at(kPackets) - shift;
-    const bool has_tail = kTail && tail_column < hidden;
     // Copies a unit of the row at element `begin`, from packet `unit` on, to the ring's row at place `to`.
     const auto copy = [&](int to, int unit, int64_t begin, bool inside) {
 #pragma unroll
       for (int k = unit; k < unit + kUnit; ++k) {
         const int64_t first = begin + column[k];
         const bool copied = inside && column[k] < hidden;
-        if constexpr (kAligned) {
-          x_ring.Copy(to + k, first, copied);
-          dy_ring.Copy(to + k, first, copied);
-        } else {
-          const bool tail = k == 0 && inside && has_tail;
-          if (!copied || begin + hidden + kSize <= elements) {
-            x_ring.Copy(to + k, first, copied);
-            dy_ring.Copy(to + k, first, copied);
-            if (tail) {
-              x_ring.CopyFurther(to, begin + tail_column);
-              dy_ring.CopyFurther(to, begin + tail_column);
-            }
-          } else {  // the last rows of the tensors, beyond which nothing is read
-            x_ring.CopyLast(to + k, false, first, elements);
-            dy_ring.CopyLast(to + k, false, first, elements);
-            if (tail) {
-              x_ring.CopyLast(to, true, begin + tail_column, elements);
-              dy_ring.CopyLast(to, true, begin + tail_column, elements);
-            }
-          }
-        }
+        x_ring.Copy(to + k, first, copied);
+        dy_ring.Copy(to + k, first, copied);
         if constexpr (kAdd) {
           if (args.dh != nullptr) dh_ring.Copy(to + k, first, copied);
 #pragma unroll
@@ -139,19 +108,11 @@ __global__ __launch_bounds__(kThreads, 1) void BackwardKernel(const __grid_const
 
     const int64_t gamma_start = turns.group * hidden;
     float gamma[kPackets][kSize], dgamma[kPackets][kSize];
-    [[maybe_unused]] float tail_gamma[kSize];
 #pragma unroll
     for (int k = 0; k < kPackets; ++k) {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) gamma[k][i] = dgamma[k][i] = 0.0f;
-    }
-    if constexpr (kAligned) {
-#pragma unroll
-      for (int k = 0; k < kPackets; ++k) {
-        if (column[k] < hidden) LoadGamma(args, gamma_start, column[k], gamma[k]);
-      }
-    } else {
-      LoadGammaOfStrip(args, gamma_start, shift, strip, gamma, tail_gamma);
+      if (column[k] < hidden) LoadGamma(args, gamma_start, column[k], gamma[k]);
     }
 
     float rrms = 0.0f;
@@ -165,7 +126,6 @@ __global__ __launch_bounds__(kThreads, 1) void BackwardKernel(const __grid_const
         rrms_of += turns.step;
         next_rrms = t + 1 < turns.own ? *rrms_of : 0.0f;
         float sum = 0.0f;
-        [[maybe_unused]] CircleSum<kSize, strip.kWindows> circle;
 #pragma unroll
         for (int k = 0; k < kPackets; ++k) {
           if (k % kUnit == 0) {
@@ -175,29 +135,9 @@ __global__ __launch_bounds__(kThreads, 1) void BackwardKernel(const __grid_const
           float x[kSize], dy[kSize];
           x_ring.Read(from + k).Get(x);
           read_dy(from + k, dy);
-          if constexpr (kAligned) {
-            sum += Accumulate<T>(x, dy, gamma[k], rrms, round, dgamma[k]);
-          } else {
-            float terms[kSize];
-            AccumulateWindow<T>(x, dy, gamma[k], rrms, round, dgamma[k], terms);
-            ZeroOutside(hidden, column[k], terms);
-            if (k == 0) ZeroHead(strip.Head(shift), terms);
-            circle.Add(k, terms);
-          }
+          sum += Accumulate<T>(x, dy, gamma[k], rrms, round, dgamma[k]);
         }
-        if (has_tail) {
-          float x[kSize], dy[kSize], terms[kSize], unused[kSize] = {};
-          x_ring.ReadFurther(from).Get(x);
-          dy_ring.ReadFurther(from).Get(dy);
-          AccumulateWindow<T>(x, dy, tail_gamma, rrms, false, unused, terms);
-          ZeroOutside(min(hidden, tail_column + shift), tail_column, terms);
-          circle.Add(kPackets, terms);
-        }
-        if constexpr (kAligned) {
-          row_sum.Post(turn + t, sum);
-        } else {
-          row_sum.PostOfWarp(turn + t, circle.Over(strip.lanes()));
-        }
+        row_sum.Post(turn + t, sum);
       }
       if (t > 0) {
         const float mean = row_sum.Wait(turn + t - 1) * params.inverse_hidden;
@@ -206,23 +146,16 @@ __global__ __launch_bounds__(kThreads, 1) void BackwardKernel(const __grid_const
           const int64_t last_start = start - row_step;
 #pragma unroll
           for (int k = 0; k < kPackets; ++k) {
-            if (!kAligned && column[k] >= hidden) continue;
             float x[kSize], dy[kSize], dx[kSize];
             x_ring.Read(last_from + k).Get(x);
             read_dy(last_from + k, dy);
-            T* dx_at = static_cast<T*>(args.dx) + last_start + column[k];
-            if constexpr (kAligned) {
-              Differentiate(x, dy, gamma[k], last_rrms, slope, dx);
-              if constexpr (kAdd) {
-                if (args.dh != nullptr) AddPacket(dh_ring.Read(last_from + k), dx);
-              }
-              Packet<T, kSize> packet;
-              packet.Set(dx);
-              packet.Store(dx_at, column[k] < hidden);
-            } else {
-              Differentiate(x, dy, gamma[k], last_rrms, slope, dx);
-              StoreWithinRow(dx_at, hidden, column[k], dx);
+            Differentiate(x, dy, gamma[k], last_rrms, slope, dx);
+            if constexpr (kAdd) {
+              if (args.dh != nullptr) AddPacket(dh_ring.Read(last_from + k), dx);
             }
+            Packet<T, kSize> packet;
+            packet.Set(dx);
+            packet.Store(static_cast<T*>(args.dx) + last_start + column[k], column[k] < hidden);
           }
         }
       }
@@ -235,49 +168,76 @@ __global__ __launch_bounds__(kThreads, 1) void BackwardKernel(const __grid_const
     WaitCopies<0>();
     if (args.dgamma == nullptr) continue;
 
-    StoreBlockDgamma<kAligned>(params, turns.group, turns.block, slots.count, slots.number, column, dgamma,
-                               reinterpret_cast<float*>(shared));
+    StoreBlockDgamma<true>(params, turns.group, turns.block, slots.count, slots.number, column, dgamma,
+                           reinterpret_cast<float*>(shared));
   }
 }
 
 template <typename T, typename D, int kSize, Fusion kFusion>
 auto FindBackwardAligned(const LaunchConfig& config) -> void (*)(BackwardParams) {
   if (config.scope == Scope::kLanes) {
-    return config.packets == 1   ? BackwardKernel<T, D, kSize, 1, Scope::kLanes, true, kFusion>
-           : config.packets == 2 ? BackwardKernel<T, D, kSize, 2, Scope::kLanes, true, kFusion>
-                                 : BackwardKernel<T, D, kSize, 3, Scope::kLanes, true, kFusion>;
+    return config.packets == 1   ? BackwardKernel<T, D, kSize, 1, Scope::kLanes, kFusion>
+           : config.packets == 2 ? BackwardKernel<T, D, kSize, 2, Scope::kLanes, kFusion>
+                                 : BackwardKernel<T, D, kSize, 3, Scope::kLanes, kFusion>;
   }
-  if (config.scope == Scope::kBlock) return BackwardKernel<T, D, kSize, 2, Scope::kBlock, true, kFusion>;
-  return config.packets == 2 ? BackwardKernel<T, D, kSize, 2, Scope::kCluster, true, kFusion>
-                             : BackwardKernel<T, D, kSize, 3, Scope::kCluster, true, kFusion>;
+  if (config.scope == Scope::kBlock) return BackwardKernel<T, D, kSize, 2, Scope::kBlock, kFusion>;
+  return config.packets == 2 ? BackwardKernel<T, D, kSize, 2, Scope::kCluster, kFusion>
+                             : BackwardKernel<T, D, kSize, 3, Scope::kCluster, kFusion>;
 }
 
-template <typename T, typename D, int kSize, int kPackets, bool kAligned>
-auto FindBackwardUnaligned(Scope scope) -> void (*)(BackwardParams) {
+// Rows that are aligned to packets of half the size.
+template <typename T>
+auto FindBackwardNarrow(Scope scope) -> void (*)(BackwardParams) {
+  constexpr int kSize = 8 / sizeof(T);
   switch (scope) {
     case Scope::kLanes:
-      return BackwardKernel<T, D, kSize, kPackets, Scope::kLanes, kAligned, Fusion::kNone>;
+      return BackwardKernel<T, T, kSize, 4, Scope::kLanes, Fusion::kNone>;
     case Scope::kBlock:
-      return BackwardKernel<T, D, kSize, kPackets, Scope::kBlock, kAligned, Fusion::kNone>;
+      return BackwardKernel<T, T, kSize, 4, Scope::kBlock, Fusion::kNone>;
     default:
-      return BackwardKernel<T, D, kSize, kPackets, Scope::kCluster, kAligned, Fusion::kNone>;
+      return BackwardKernel<T, T, kSize, 4, Scope::kCluster, Fusion::kNone>;
   }
 }
 
-template <typename T, typename D, int kSize, int kPackets, bool kAligned>
+template <typename T, typename D>
+auto FindBackwardWindows(const LaunchConfig& config) -> void (*)(BackwardParams) {
+  if (config.scope == Scope::kCluster) return BackwardWindowsKernel<T, D, kStripWindows, Scope::kCluster>;
+  if (config.scope == Scope::kBlock) return BackwardWindowsKernel<T, D, kStripWindows, Scope::kBlock>;
+  return config.packets == 1   ? BackwardWindowsKernel<T, D, 1, Scope::kLanes>
+         : config.packets == 2 ? BackwardWindowsKernel<T, D, 2, Scope::kLanes>
+                               : BackwardWindowsKernel<T, D, 4, Scope::kLanes>;
+}
+
+// Few rows that are aligned to packets of kSize elements, of which a thread has kPackets.
+template <typename T, typename D, int kSize, int kPackets>
 auto FindBackwardFew(const LaunchConfig& config) -> void (*)(BackwardParams) {
   switch (config.scope) {
     case Scope::kLanes:
-      return BackwardFewKernel<T, D, kSize, kPackets, Scope::kLanes, kAligned>;
+      return BackwardFewKernel<T, D, kSize, kPackets, Scope::kLanes, true>;
     case Scope::kBlock:
-      if constexpr (kAligned) {
-        if (config.block <= kFewThreads)
-          return BackwardFewKernel<T, D, kSize, kPackets, Scope::kBlock, true, kFewThreads>;
-      }
-      return BackwardFewKernel<T, D, kSize, kPackets, Scope::kBlock, kAligned>;
+      return config.block <= kFewThreads
+                 ? BackwardFewKernel<T, D, kSize, kPackets, Scope::kBlock, true, 1, kFewThreads>
+                 : BackwardFewKernel<T, D, kSize, kPackets, Scope::kBlock, true>;
     default:
-      return BackwardFewKernel<T, D, kSize, kPackets, Scope::kCluster, kAligned>;
+      return BackwardFewKernel<T, D, kSize, kPackets, Scope::kCluster, true>;
   }
+}
+
+// Few rows that are not: those that ShareWindows in config.cc hands out.
+template <typename T, typename D, int kSize>
+auto FindBackwardFewWindows(const LaunchConfig& config) -> void (*)(BackwardParams) {
+  constexpr int kPackets = kStripWindows / 2;
+  if (config.scope == Scope::kCluster) {
+    return BackwardFewKernel<T, D, kSize, kPackets, Scope::kCluster, false, 2>;
+  }
+  if (config.scope == Scope::kBlock) {
+    return config.block <= kMaxThreads
+               ? BackwardFewKernel<T, D, kSize, kPackets, Scope::kBlock, false, 2, kMaxThreads>
+               : BackwardFewKernel<T, D, kSize, kPackets, Scope::kBlock, false, 2>;
+  }
+  return config.share == 1     ? BackwardFewKernel<T, D, kSize, 1, Scope::kLanes, false>
+         : config.packets == 1 ? BackwardFewKernel<T, D, kSize, 1, Scope::kLanes, false, 2>
+                               : BackwardFewKernel<T, D, kSize, 2, Scope::kLanes, false, 2>;
 }
 
 // The kernel that `config` asks for; the packet counts are those that ConfigureBackward hands out.
@@ -290,30 +250,17 @@ auto FindBackward(const LaunchConfig& config, const BackwardArgs& args) -> void 
   if (FusionOf(args) == Fusion::kRotary)
     return FindBackwardRotary<T, D, kSize>(config, args.rotary.interleaved);
   const bool few = config.method == Method::kFew;
-  if (!config.aligned) {
+  if (!config.aligned && config.width < kSize) {
     if constexpr (std::is_same_v<T, D>) {
-      if (config.width < kSize) {
-        return few ? FindBackwardFew<T, T, kSize / 2, 4, true>(config)
-                   : FindBackwardUnaligned<T, T, kSize / 2, 4, true>(config.scope);
-      }
+      return few ? FindBackwardFew<T, T, kSize / 2, 4>(config) : FindBackwardNarrow<T>(config.scope);
     }
-    if (!few && config.packets == 3 && config.scope == Scope::kBlock && config.block <= kLanesThreads) {
-      return BackwardKernel<T, D, kSize, 3, Scope::kBlock, false, Fusion::kNone, kLanesThreads>;
-    }
-    if (config.packets == 3) {
-      return few ? FindBackwardFew<T, D, kSize, 3, false>(config)
-                 : FindBackwardUnaligned<T, D, kSize, 3, false>(config.scope);
-    }
-    if (config.packets == 2) {
-      return few ? BackwardFewKernel<T, D, kSize, 2, Scope::kLanes, false>
-                 : BackwardKernel<T, D, kSize, 2, Scope::kLanes, false, Fusion::kNone>;
-    }
-    return few ? BackwardFewKernel<T, D, kSize, 1, Scope::kLanes, false>
-               : BackwardKernel<T, D, kSize, 1, Scope::kLanes, false, Fusion::kNone>;
+  }
+  if (!config.aligned) {
+    return few ? FindBackwardFewWindows<T, D, kSize>(config) : FindBackwardWindows<T, D>(config);
   }
   if (few) {
     return config.packets == 1             ? BackwardFewKernel<T, D, kSize, 1, Scope::kLanes, true>
-           : config.packets == 2           ? FindBackwardFew<T, D, kSize, 2, true>(config)
+           : config.packets == 2           ? FindBackwardFew<T, D, kSize, 2>(config)
            : config.scope == Scope::kLanes ? BackwardFewKernel<T, D, kSize, 3, Scope::kLanes, true>
                                            : BackwardFewKernel<T, D, kSize, 3, Scope::kCluster, true>;
   }

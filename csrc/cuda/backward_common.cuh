@@ -64,9 +64,9 @@ __device__ __forceinline__ void AccumulateWindow(const float (&x)[kSize], const 
 
 // gamma at the columns of a strip of a row that begins at element `start` of gamma and `shift` elements into
 // its first window; zero outside the row.
-template <int kSize, int kPackets, bool kTail>
+template <int kSize, int kPackets, bool kTail, int kShare>
 __device__ __forceinline__ void LoadGammaOfStrip(const BackwardArgs& args, int64_t start, int shift,
-                                                 const Strip<kSize, kPackets, kTail>& strip,
+                                                 const Strip<kSize, kPackets, kTail, kShare>& strip,
                                                  float (&gamma)[kPackets][kSize], float (&tail)[kSize]) {
   const int hidden = static_cast<int>(args.shape.hidden);
   WithType(args.gamma_dtype, [&](auto tag) {
@@ -84,11 +84,11 @@ __device__ __forceinline__ void LoadGammaOfStrip(const BackwardArgs& args, int64
   });
 }
 
-// Of the products of a strip's first window those that are not the strip's become zero.
+// Its first `count` elements are replaced by those of `by`.
 template <int kSize>
-__device__ __forceinline__ void ZeroHead(int count, float (&terms)[kSize]) {
+__device__ __forceinline__ void ReplaceHead(int count, const float (&by)[kSize], float (&values)[kSize]) {
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) terms[i] = i < count ? 0.0f : terms[i];
+  for (int i = 0; i < kSize; ++i) values[i] = i < count ? by[i] : values[i];
 }
 
 // -rrms^3 * mean, without a cube of rrms, which may be too small for float32 where the product is not.
@@ -128,10 +128,11 @@ __device__ __forceinline__ void AddGradients(const BackwardArgs& args, int64_t a
 
 // A block's part of dgamma at the kSize columns from `column` on, without kAligned those within the row: into
 // its partial row, or into dgamma itself where the group has no other block. `group` and `block` count from
-// 0.
+// 0. `more`: added to what threads of the block, or cluster, have stored in its partial row before, and
+// handed in a row's sum since.
 template <bool kAligned, int kSize>
 __device__ __forceinline__ void StoreDgamma(const BackwardParams& params, int64_t group, int64_t block,
-                                            int64_t column, const float (&values)[kSize]) {
+                                            int64_t column, const float (&values)[kSize], bool more = false) {
   const BackwardArgs& args = params.args;
   const int64_t hidden = args.shape.hidden;
   const bool whole = params.blocks_per_group == 1;
@@ -146,7 +147,9 @@ __device__ __forceinline__ void StoreDgamma(const BackwardParams& params, int64_
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
         const int64_t at = column + i;
-        if (at >= 0 && at < hidden) static_cast<To*>(to)[row * hidden + at] = FromFloat<To>(values[i]);
+        if (at < 0 || at >= hidden) continue;
+        const float before = more ? __ldcg(args.partials + row * hidden + at) : 0.0f;
+        static_cast<To*>(to)[row * hidden + at] = FromFloat<To>(before + values[i]);
       }
     });
   }
@@ -154,17 +157,20 @@ __device__ __forceinline__ void StoreDgamma(const BackwardParams& params, int64_
 
 // A block's part of dgamma out of those of its threads: each of `slots` runs of threads has one of its own at
 // columns column[k] on. Those of several slots are added up one after another, in `shares`: float32 [slots,
-// hidden] of shared memory, which all threads have read by the end.
+// hidden] of shared memory, which all threads have read by the end. `more`: see StoreDgamma; of one slot.
 template <bool kAligned, int kSize, int kPackets>
 __device__ __forceinline__ void StoreBlockDgamma(const BackwardParams& params, int64_t group, int64_t block,
                                                  int slots, int slot, const int (&column)[kPackets],
-                                                 const float (&dgamma)[kPackets][kSize], float* shares) {
+                                                 const float (&dgamma)[kPackets][kSize], float* shares,
+                                                 bool more = false) {
   const int hidden = static_cast<int>(params.args.shape.hidden);
   if (slots == 1) {
+    if (!kAligned) __threadfence();  // between two threads' turns at a column
 #pragma unroll
     for (int k = 0; k < kPackets; ++k) {
-      if (column[k] < hidden) StoreDgamma<kAligned>(params, group, block, column[k], dgamma[k]);
+      if (column[k] < hidden) StoreDgamma<kAligned>(params, group, block, column[k], dgamma[k], more);
     }
+    if (!kAligned) __threadfence();
     return;
   }
   __syncthreads();

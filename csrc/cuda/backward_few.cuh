@@ -9,7 +9,7 @@ namespace jax_rmsnorm {
 
 // The row of this thread, of the block (or cluster) that is number `block` of those that compute dx: one for
 // every threads_per_row threads, with kOne for the block.
-template <Scope kScope, bool kOne>
+template <Scope kScope, bool kOne, int kShare = 1>
 struct FewRow {
   __device__ FewRow(const BackwardParams& params, int block)
       : slots(MakeSlots(params)),
@@ -20,9 +20,9 @@ struct FewRow {
 
   static __device__ auto MakeSlots(const BackwardParams& params) {
     if constexpr (kScope == Scope::kBlock && !kOne) {
-      return Slots<kScope, kOne>(params.threads_per_row, params.slots);
+      return Slots<kScope, kOne, kShare>(params.threads_per_row, params.slots);
     } else {
-      return Slots<kScope, kOne>(params.threads_per_row);
+      return Slots<kScope, kOne, kShare>(params.threads_per_row);
     }
   }
 
@@ -32,11 +32,11 @@ struct FewRow {
     return ((k * place.blocks + place.rank) * slots.threads + slots.thread) * kSize;
   }
 
-  Slots<kScope, kOne> slots;
+  Slots<kScope, kOne, kShare> slots;
   int64_t index, group;  // the row's, counted through all groups, and its group's
   bool live;             // the others take part in the sums only
   ClusterPlace<kScope> place;
-  WholeRowSum<kScope> sum;  // with the bits of BackwardKernel
+  WholeRowSum<kScope, kShare> sum;  // with the bits of BackwardKernel
 };
 
 // kMore, here and below: there is more than one gradient of y.
@@ -93,13 +93,16 @@ __device__ __forceinline__ void DifferentiateRows(const BackwardParams& params, 
   }
 }
 
-// The same of rows that do not begin at multiples of 16 bytes, with the bits of BackwardKernel.
-template <typename T, typename D, int kSize, int kPackets, Scope kScope, bool kOne>
-__device__ __forceinline__ void DifferentiateWindows(const BackwardParams& params, int block) {
+// The same of rows that do not begin at multiples of 16 bytes, with the bits of BackwardWindowsKernel. With
+// kShare two warps share a strip, as in ForwardWindowsKernel, and exchange sums by way of `memory`.
+template <typename T, typename D, int kSize, int kPackets, Scope kScope, bool kOne, int kShare>
+__device__ __forceinline__ void DifferentiateWindows(const BackwardParams& params, int block,
+                                                     uint32_t memory) {
   const BackwardArgs& args = params.args;
   const int hidden = static_cast<int>(args.shape.hidden);
-  FewRow<kScope, kOne> row(params, block);
-  const auto strip = StripOf<kSize, kPackets, kScope>(row.slots.threads, row.slots.thread, row.place);
+  FewRow<kScope, kOne, kShare> row(params, block);
+  const auto strip = StripOf<kSize, kPackets, kScope, kShare>(row.slots.threads, row.slots.thread, row.place,
+                                                              static_cast<int>(threadIdx.x / 32 % kShare));
 
   const int64_t start = row.index * hidden;
   const int shift = static_cast<int>(start & (kSize - 1));
@@ -114,7 +117,7 @@ __device__ __forceinline__ void DifferentiateWindows(const BackwardParams& param
   LoadGammaOfStrip(args, row.group * hidden, shift, strip, gamma, tail_gamma);
   strip.SetEnd(stop, total, x_end, x);
   strip.SetEnd(stop, total, dy_end, dy);
-  CircleSum<kSize, strip.kWindows> circle;
+  CircleSum<kSize, kPackets * kShare> circle;
   const auto products = [&](const Packet<T, kSize>& x_packet, const Packet<D, kSize>& dy_packet,
                             const float (&gammas)[kSize], float (&terms)[kSize]) {
     float xs[kSize], dys[kSize], unused[kSize] = {};
@@ -126,16 +129,14 @@ __device__ __forceinline__ void DifferentiateWindows(const BackwardParams& param
   for (int k = 0; k < kPackets; ++k) {
     float terms[kSize];
     products(x[k], dy[k], gamma[k], terms);
-    if (k == 0) ZeroHead(strip.Head(shift), terms);
-    circle.Add(k, terms);
+    if (k == 0) {
+      float tail[kSize] = {};
+      if constexpr (strip.kWindows > kPackets) products(x[kPackets], dy[kPackets], tail_gamma, tail);
+      ReplaceHead(strip.Head(shift), tail, terms);
+    }
+    circle.Add(k * kShare, terms);
   }
-  if constexpr (strip.kWindows > kPackets) {
-    float terms[kSize];
-    products(x[kPackets], dy[kPackets], tail_gamma, terms);
-    const int column = strip.At(kPackets) - shift;
-    ZeroOutside(min(hidden, column + shift), column, terms);
-    circle.Add(kPackets, terms);
-  }
+  if constexpr (kShare == 2) circle.Exchange(memory);
   const float mean = row.sum.OfWarps(circle.Over(strip.lanes())) * params.inverse_hidden;
   if (!row.live) return;
   const float slope = Slope(rrms, mean);
@@ -207,19 +208,25 @@ __device__ __forceinline__ void SumTile(const BackwardParams& params, int64_t gr
   }
 }
 
+// Threads of a block at the most; with kShare two warps share what one has where rows are many.
+template <Scope kScope, int kShare>
+constexpr int kFewMostThreads = kScope == Scope::kLanes ? kFewThreads
+                                : kShare == 1           ? kMaxThreads
+                                                        : kShare * kLanesThreads;
+
 // Blocks an SM for which the compiler keeps registers: two, unless a thread has so much of a row that it
 // would spill.
-template <int kElements, int kThreads, bool kAligned>
-constexpr int kFewBlocks = kThreads == kFewThreads || (kAligned && kElements <= 16) ? 2 : 1;
+template <int kElements, int kThreads, int kShare>
+constexpr int kFewBlocks =
+    kThreads == kFewThreads || (kThreads == kMaxThreads && kShare == 1 && kElements <= 16) ? 2 : 1;
 
 // Grid: the tiles of dgamma, group by group, then blocks (or clusters) of rows for dx. Preconditions: the row
 // fits, hidden <= kSize * kPackets * threads_per_row * blocks of the cluster; with kAligned all rows are
 // aligned to their packets, without it tensors are, to packets of 16 bytes, and the row fits wherever it
 // begins. Only rows aligned to 16 bytes come with a dh or with gradients beyond the first.
-template <typename T, typename D, int kSize, int kPackets, Scope kScope, bool kAligned,
-          int kThreads = kScope == Scope::kLanes ? kFewThreads : kMaxThreads>
-__global__
-__launch_bounds__(kThreads, kFewBlocks<kSize * kPackets, kThreads, kAligned>) void BackwardFewKernel(
+template <typename T, typename D, int kSize, int kPackets, Scope kScope, bool kAligned, int kShare = 1,
+          int kThreads = kFewMostThreads<kScope, kShare>>
+__global__ __launch_bounds__(kThreads, kFewBlocks<kSize * kPackets, kThreads, kShare>) void BackwardFewKernel(
     const __grid_constant__ BackwardParams params) {
   // A block with more threads than few rows take has one that needs them.
   constexpr bool kOne =
@@ -246,7 +253,9 @@ __launch_bounds__(kThreads, kFewBlocks<kSize * kPackets, kThreads, kAligned>) vo
       return;  // for tiles alone
     }
     if constexpr (!kAligned) {
-      DifferentiateWindows<T, D, kSize, kPackets, kScope, kOne>(params, cluster);
+      extern __shared__ uint4 shared[];
+      DifferentiateWindows<T, D, kSize, kPackets, kScope, kOne, kShare>(params, cluster,
+                                                                        SharedAddress(shared));
     } else {
       DifferentiateRows<T, D, kSize, kPackets, kScope, kOne, kMore>(params, cluster);
     }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <climits>
+#include <initializer_list>
 #include <numeric>
 
 namespace jax_rmsnorm {
@@ -63,16 +64,15 @@ LaunchConfig Cluster(int64_t packets, int per_thread, int cluster) {
 // Packets of a row of one shift or another: wherever it begins, it fits into them.
 int64_t Windows(int64_t hidden, int width) { return CeilDiv(hidden - 1, width) + 1; }
 
-// Windows of a row for part of a warp, of up to `most` a lane, for which there are kernels (1 to 4, and 6):
-// as few as can be. A sum takes as many lanes as windows have elements.
-LaunchConfig WindowLanes(int64_t windows, int width, int most, int block) {
+// Windows of a row for part of a warp: as few as can be, by one of the numbers a lane for which there are
+// kernels. A sum takes as many lanes as windows have elements.
+LaunchConfig WindowLanes(int64_t windows, std::initializer_list<int> per_lane, int width, int block) {
   LaunchConfig best;
   int least = INT_MAX;
-  for (const int per_thread : {6, 4, 3, 2, 1}) {
-    if (per_thread > most) continue;
+  for (const int per_thread : per_lane) {
     LaunchConfig config = Lanes(windows, per_thread, block);
     config.threads_per_row = std::max(config.threads_per_row, width);
-    if (config.threads_per_row > kWarp || per_thread * config.threads_per_row >= least) continue;
+    if (config.threads_per_row > kWarp || per_thread * config.threads_per_row > least) continue;
     least = per_thread * config.threads_per_row;
     best = config;
   }
@@ -80,15 +80,18 @@ LaunchConfig WindowLanes(int64_t windows, int width, int most, int block) {
   return best;
 }
 
-// Few rows of windows: pairs of warps share what a warp has, for which there are kernels.
+// Few rows of windows: pairs of warps share what a warp has.
 void ShareWindows(LaunchConfig* config) {
-  config->method = Method::kWindows;
   if (config->packets == 1) return;
   config->share = 2;
   config->packets = static_cast<int>(CeilDiv(config->packets, config->share));
   config->threads_per_row *= config->share;
-  if (config->scope == Scope::kBlock) config->block *= config->share;
-  config->shared_memory = int64_t{2} * config->block * config->width * 4;  // for two rows in turn
+  if (config->scope != Scope::kLanes) config->block *= config->share;
+}
+
+// Bytes of shared memory in which they exchange `rows` sums one after another.
+int64_t ExchangeBytes(const LaunchConfig& config, int rows) {
+  return config.share == 1 ? 0 : int64_t{rows} * config.block * config.width * 4;
 }
 
 // A slot that goes on by as many blocks, or a multiple of them, of `slots` each finds its rows of `hidden`
@@ -227,11 +230,15 @@ LaunchConfig UnalignedForwardLayout(const Device& device, int64_t rows, int64_t 
   const int per_sm = WindowsPerSM(wide_gamma, kStripWindows);
   // Two blocks on an SM, or more.
   if (windows <= kStripWindows * std::min(per_sm / 2, kWindowRingThreads<Scope::kBlock>)) {
-    config = windows <= kLaneWindows * kWarp ? WindowLanes(windows, wide, kLaneWindows, kLanesBlock)
-                                             : Block(windows, kStripWindows);
-    config.method = Method::kRing;
+    config = windows <= kLaneWindows * kWarp
+                 ? WindowLanes(windows, {1, 2, 3, 4, kLaneWindows}, wide, kLanesBlock)
+                 : Block(windows, kStripWindows);
+    config.method = few ? Method::kWindows : Method::kRing;
     config.width = wide;
-    if (few) ShareWindows(&config);
+    if (few) {
+      ShareWindows(&config);
+      config.shared_memory = ExchangeBytes(config, 2);
+    }
     return config;
   }
   const int cluster = std::max(2, ClusterFor(windows, kStripWindows, kMaxThreads));
@@ -290,22 +297,19 @@ LaunchConfig UnalignedBackwardLayout(const Device& device, Ring* ring, int64_t h
     if (ring->PlaceBlock(packets, kPerThread, &config)) return config;
     return ring->PlaceCluster(device, packets, kPerThread);
   }
-  constexpr int kPerThread = 3;
   const int64_t windows = Windows(hidden, ring->width);
-  if (windows <= kPerThread * kWarp) return WindowLanes(windows, ring->width, kPerThread, kWarp);
-  LaunchConfig config = Block(windows, kPerThread);
-  if (config.block <= kMaxThreads && ring->Bytes(config) <= ring->room) return config;
-  // Of the clusters that are large enough those that keep most SMs busy, by a number of them that finds rows
-  // to lie alike.
-  const int alike = static_cast<int>(BlocksAlike(hidden, ring->width, 1));
+  if (windows <= kStripWindows * kWarp) return WindowLanes(windows, {1, 2, 4}, ring->width, kWarp);
+  LaunchConfig config = Block(windows, kStripWindows);
+  if (config.block <= kLanesThreads && ring->Bytes(config) <= ring->room) return config;
+  // Of the clusters that are large enough those of which most find a place.
   LaunchConfig best = Loop();
-  int most = -1;
+  int most = 0;
   for (int cluster = 2; cluster <= device.max_cluster; ++cluster) {
-    config = Cluster(windows, kPerThread, cluster);
-    if (config.block > kMaxThreads || ring->Bytes(config) > ring->room) continue;
-    const int busy = ResidentBlocks(device, cluster, margin) / alike * alike * cluster;
-    if (busy > most) best = config;
-    most = std::max(most, busy);
+    config = Cluster(windows, kStripWindows, cluster);
+    if (config.block > kLanesThreads || ring->Bytes(config) > ring->room) continue;
+    const int count = ResidentBlocks(device, cluster, margin);
+    if (count > most) best = config;
+    most = std::max(most, count);
   }
   return best;
 }
@@ -329,9 +333,9 @@ LaunchConfig BackwardLayout(const Device& device, const Ring& ring, int64_t pack
 
 // Whether rows are so few that dx and dgamma are better computed side by side: all of x and dy stays in the
 // L2 cache, a tile of dgamma has few rows for each of its threads, and the blocks find room, two on an SM.
-bool AreFew(const Device& device, const Shape& shape, DType x, const LaunchConfig& config, int threads) {
+bool AreFew(const Device& device, const Shape& shape, DType x, const LaunchConfig& config) {
   const int64_t rows = shape.groups * shape.rows, places = int64_t{2} * device.sm_count;
-  return rows * shape.hidden * SizeOf(x) <= kFewBytes && shape.rows <= 4 * threads &&
+  return rows * shape.hidden * SizeOf(x) <= kFewBytes && shape.rows <= 4 * config.block &&
          (config.cluster == 1 || rows * config.cluster <= places) &&
          shape.hidden <= places * kMostTilePackets * config.width;
 }
@@ -433,13 +437,14 @@ LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x
 
   const bool lanes = config.scope == Scope::kLanes;
   // Where a row takes fewer threads of a block, the others are for dgamma alone.
-  const int few_threads = config.scope == Scope::kCluster ? config.threads_per_row
-                                                          : std::max(config.threads_per_row, kFewThreads);
-  if (!rotary && config.scope != Scope::kLoop && margin == 0 &&
-      AreFew(device, shape, x, config, few_threads)) {
+  LaunchConfig few = config;
+  if (!ring.aligned && few.scope != Scope::kLoop) ShareWindows(&few);
+  few.block = few.scope == Scope::kCluster ? few.threads_per_row : std::max(few.threads_per_row, kFewThreads);
+  if (!rotary && config.scope != Scope::kLoop && margin == 0 && AreFew(device, shape, x, few)) {
+    config = few;
     config.method = Method::kFew;
     config.dependent = device.dependent_launch;
-    config.block = few_threads;
+    config.shared_memory = ExchangeBytes(config, 1);
     if (partial_rows > 0) TileDgamma(device, shape, &config);
     const int64_t rows = shape.groups * shape.rows, tiles = config.tiles * shape.groups;
     // Where every row can have a block to itself, it is done sooner.
@@ -450,10 +455,8 @@ LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x
     return config;
   }
 
-  // Blocks of more registers for windows, if they hold as many rows.
-  const bool fewer = lanes || (!ring.aligned && (kLanesThreads / config.threads_per_row) ==
-                                                    (kMaxThreads / config.threads_per_row));
-  if (config.scope != Scope::kLoop) ring.Fill(&config, fewer ? kLanesThreads : kMaxThreads);
+  const bool windows = config.scope != Scope::kLoop && !ring.aligned;
+  if (config.scope != Scope::kLoop) ring.Fill(&config, lanes || windows ? kLanesThreads : kMaxThreads);
   const int64_t slots = config.block / config.threads_per_row;
   if (slots > 1) {
     // At the end the slots of a block add up their columns of dgamma in shared memory.
@@ -464,8 +467,9 @@ LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x
   const int64_t wanted = std::max<int64_t>(1, resident / std::max<int64_t>(1, shape.groups));
   const int64_t most = partial_rows == 0 ? shape.rows : partial_rows;
   config.blocks_per_group = std::max<int64_t>(1, std::min({items, wanted, most}));
-  const bool windows = config.scope != Scope::kLoop && !ring.aligned;
-  if (windows && config.blocks_per_group < items) {
+  // Several clusters of a group take rows of all shifts; others those that lie alike.
+  const bool all_shifts = config.scope == Scope::kCluster && config.blocks_per_group > 1;
+  if (windows && !all_shifts && config.blocks_per_group < items) {
     const int64_t alike = BlocksAlike(shape.hidden, ring.width, slots);
     config.blocks_per_group = std::min(items, std::max(alike, config.blocks_per_group / alike * alike));
     if (config.blocks_per_group > most) {  // not what JAX's side asks for

@@ -37,8 +37,8 @@ constexpr int kMaxThreads = 512;  // a block, at up to 128 registers each
 constexpr int kMaxCluster = 16;   // blocks
 
 constexpr int kLanesThreads =
-    384;                          // a block of a persistent backward of several rows: the fastest on an H200
-constexpr int kFewThreads = 256;  // the least in a block of a backward of few rows
+    384;  // a block of a persistent backward of short rows, or of rows that are not aligned
+constexpr int kFewThreads = 256;    // the least in a block of a backward of few rows
 constexpr int kFusedThreads = 256;  // a block of the fused forward kernels, at more registers each
 
 // Rows that a ring copies ahead of the one that is read, by scope and what a thread has of one, in units of
@@ -118,7 +118,7 @@ struct LaunchConfig {
   int width = 1;                   // elements a packet
   int packets = 1;                 // packets of a row that a thread has (compile-time in the kernels)
   int threads_per_row = 1;         // within one block
-  int share = 1;                   // kWindows: warps that share the windows of each lane, 1 or 2
+  int share = 1;                   // of few rows that are not aligned: warps that share a strip, 1 or 2
   int rows = 1;                    // that a slot takes at a time
   int block = 32;                  // threads a block
   int cluster = 1;                 // blocks a row

@@ -164,8 +164,8 @@ struct Slots {
   }
 
   // Of a block with threads beyond those of `slots` slots.
-  __device__ Slots(int threads_per_row, int slots) : threads(threads_per_row), count(slots) {
-    const auto index = static_cast<int>(threadIdx.x);
+  __device__ Slots(int threads_per_row, int slots) : threads(threads_per_row / kShare), count(slots) {
+    const auto index = static_cast<int>(threadIdx.x / (32 * kShare) * 32 + threadIdx.x % 32);
     number = slots == 1 ? 0 : index / threads;
     thread = index - number * threads;
   }
