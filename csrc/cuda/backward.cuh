@@ -201,10 +201,14 @@ auto FindBackwardNarrow(Scope scope) -> void (*)(BackwardParams) {
 
 template <typename T, typename D>
 auto FindBackwardWindows(const LaunchConfig& config) -> void (*)(BackwardParams) {
-  if (config.scope == Scope::kCluster) return BackwardWindowsKernel<T, D, kStripWindows, Scope::kCluster>;
-  if (config.scope == Scope::kBlock) return BackwardWindowsKernel<T, D, kStripWindows, Scope::kBlock>;
+  if (config.scope == Scope::kCluster) return BackwardWindowsKernel<T, D, 3, Scope::kCluster>;
+  if (config.scope == Scope::kBlock) {
+    return config.packets == 3 ? BackwardWindowsKernel<T, D, 3, Scope::kBlock>
+                               : BackwardWindowsKernel<T, D, 4, Scope::kBlock>;
+  }
   return config.packets == 1   ? BackwardWindowsKernel<T, D, 1, Scope::kLanes>
          : config.packets == 2 ? BackwardWindowsKernel<T, D, 2, Scope::kLanes>
+         : config.packets == 3 ? BackwardWindowsKernel<T, D, 3, Scope::kLanes>
                                : BackwardWindowsKernel<T, D, 4, Scope::kLanes>;
 }
 
@@ -226,14 +230,12 @@ auto FindBackwardFew(const LaunchConfig& config) -> void (*)(BackwardParams) {
 // Few rows that are not: those that ShareWindows in config.cc hands out.
 template <typename T, typename D, int kSize>
 auto FindBackwardFewWindows(const LaunchConfig& config) -> void (*)(BackwardParams) {
-  constexpr int kPackets = kStripWindows / 2;
-  if (config.scope == Scope::kCluster) {
-    return BackwardFewKernel<T, D, kSize, kPackets, Scope::kCluster, false, 2>;
-  }
+  if (config.scope == Scope::kCluster) return BackwardFewKernel<T, D, kSize, 3, Scope::kCluster, false>;
   if (config.scope == Scope::kBlock) {
+    if (config.share == 1) return BackwardFewKernel<T, D, kSize, 3, Scope::kBlock, false>;
     return config.block <= kMaxThreads
-               ? BackwardFewKernel<T, D, kSize, kPackets, Scope::kBlock, false, 2, kMaxThreads>
-               : BackwardFewKernel<T, D, kSize, kPackets, Scope::kBlock, false, 2>;
+               ? BackwardFewKernel<T, D, kSize, 2, Scope::kBlock, false, 2, kMaxThreads>
+               : BackwardFewKernel<T, D, kSize, 2, Scope::kBlock, false, 2>;
   }
   return config.share == 1     ? BackwardFewKernel<T, D, kSize, 1, Scope::kLanes, false>
          : config.packets == 1 ? BackwardFewKernel<T, D, kSize, 1, Scope::kLanes, false, 2>

@@ -62,6 +62,13 @@ __device__ __forceinline__ void AccumulateWindow(const float (&x)[kSize], const 
   }
 }
 
+// The first `count` of the values are replaced by those of `by`.
+template <int kSize>
+__device__ __forceinline__ void ReplaceHead(int count, const float (&by)[kSize], float (&values)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) values[i] = i < count ? by[i] : values[i];
+}
+
 // gamma at the columns of a strip of a row that begins at element `start` of gamma and `shift` elements into
 // its first window; zero outside the row.
 template <int kSize, int kPackets, bool kTail, int kShare>
@@ -84,11 +91,42 @@ __device__ __forceinline__ void LoadGammaOfStrip(const BackwardArgs& args, int64
   });
 }
 
-// Its first `count` elements are replaced by those of `by`.
-template <int kSize>
-__device__ __forceinline__ void ReplaceHead(int count, const float (&by)[kSize], float (&values)[kSize]) {
+// Adds up the products of a strip of a row: product(k, terms) gets those of its window k, and tail(terms)
+// those of the tail, which count as far as they are the strip's. Windows that kShare warps share are numbered
+// as the strip's. Round the circle the tail takes the place of what the first window has of another strip;
+// where that does not do it is a window of its own.
+template <int kSize, int kPackets, bool kTail, int kShare, typename Product, typename Tail>
+__device__ __forceinline__ auto SumOfStrip(const Strip<kSize, kPackets, kTail, kShare>& strip, int shift,
+                                           int stop, const Product& product, const Tail& tail) {
+  constexpr int kOfStrip = kPackets * kShare;
+  constexpr bool kRound = !kTail || CircleSum<kSize, kOfStrip>::kRound;
+  static_assert(kRound || kShare == 1);
+  CircleSum<kSize, kOfStrip == 3 ? 4 : kOfStrip> circle;
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) values[i] = i < count ? by[i] : values[i];
+  for (int k = 0; k < kPackets; ++k) {
+    float terms[kSize];
+    product(k, terms);
+    if (k == 0) {
+      float ends[kSize] = {};
+      if (kRound && kTail && strip.At(kPackets) < stop) tail(ends);
+      ReplaceHead(strip.Head(shift), ends, terms);
+    }
+    circle.Add(k * kShare, terms);
+  }
+  if constexpr (!kTail && kOfStrip == 3) {  // as it is there where warps share
+    const float none[kSize] = {};
+    circle.Add(3, none);
+  }
+  if constexpr (!kRound) {
+    if (strip.At(kPackets) < stop) {
+      float ends[kSize];
+      tail(ends);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) ends[i] = i < shift ? ends[i] : 0.0f;
+      circle.Add(kPackets, ends);
+    }
+  }
+  return circle;
 }
 
 // -rrms^3 * mean, without a cube of rrms, which may be too small for float32 where the product is not.

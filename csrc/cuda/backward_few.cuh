@@ -117,7 +117,6 @@ __device__ __forceinline__ void DifferentiateWindows(const BackwardParams& param
   LoadGammaOfStrip(args, row.group * hidden, shift, strip, gamma, tail_gamma);
   strip.SetEnd(stop, total, x_end, x);
   strip.SetEnd(stop, total, dy_end, dy);
-  CircleSum<kSize, kPackets * kShare> circle;
   const auto products = [&](const Packet<T, kSize>& x_packet, const Packet<D, kSize>& dy_packet,
                             const float (&gammas)[kSize], float (&terms)[kSize]) {
     float xs[kSize], dys[kSize], unused[kSize] = {};
@@ -125,17 +124,11 @@ __device__ __forceinline__ void DifferentiateWindows(const BackwardParams& param
     dy_packet.Get(dys);
     AccumulateWindow<T>(xs, dys, gammas, rrms, false, unused, terms);
   };
-#pragma unroll
-  for (int k = 0; k < kPackets; ++k) {
-    float terms[kSize];
-    products(x[k], dy[k], gamma[k], terms);
-    if (k == 0) {
-      float tail[kSize] = {};
-      if constexpr (strip.kWindows > kPackets) products(x[kPackets], dy[kPackets], tail_gamma, tail);
-      ReplaceHead(strip.Head(shift), tail, terms);
-    }
-    circle.Add(k * kShare, terms);
-  }
+  auto circle = SumOfStrip(
+      strip, shift, stop, [&](int k, float (&terms)[kSize]) { products(x[k], dy[k], gamma[k], terms); },
+      [&](float (&terms)[kSize]) {
+        products(x[strip.kWindows - 1], dy[strip.kWindows - 1], tail_gamma, terms);
+      });
   if constexpr (kShare == 2) circle.Exchange(memory);
   const float mean = row.sum.OfWarps(circle.Over(strip.lanes())) * params.inverse_hidden;
   if (!row.live) return;

@@ -16,13 +16,14 @@ namespace jax_rmsnorm {
 // which a group has several, all rows of a slot and group begin equally far behind a multiple of kSize
 // elements.
 template <typename T, typename D, int kPackets, Scope kScope>
-__global__ __launch_bounds__(kLanesThreads,
+__global__ __launch_bounds__(kScope == Scope::kCluster ? kMaxThreads : kLanesThreads,
                              1) void BackwardWindowsKernel(const __grid_constant__ BackwardParams params) {
   constexpr int kSize = 16 / (sizeof(T) < sizeof(D) ? sizeof(T) : sizeof(D));
   constexpr bool kTail = kScope != Scope::kLanes;
   constexpr int kAhead = kRowsAhead<kScope, kPackets>;
   constexpr int kPlaces = (kAhead + 2) * kPackets;
-  constexpr int kInFlight = kAhead * kPackets - 1;  // when the next is copied: all but the one that is read
+  // As in BackwardKernel.
+  constexpr int kInFlight = kAhead * kPackets - (kPackets == 3 && kScope == Scope::kCluster ? 2 : 1);
   extern __shared__ uint4 shared[];
   __shared__ typename SplitRowSum<kScope>::Shared sum_memory;
   const BackwardArgs& args = params.args;
@@ -52,11 +53,15 @@ __global__ __launch_bounds__(kLanesThreads,
       return turn >= turns.all || next < turns.all ? next : way < ways ? way : turns.all;
     };
     const auto start_of = [&](int turn) { return (turns.row + turn * turns.step) * hidden; };
+    const int64_t start_step = turns.step * hidden;
+    const auto advance = [&](int* turn, int64_t* start) {
+      *turn = after(*turn);
+      *start = kScope == Scope::kCluster ? start_of(*turn) : *start + start_step;
+    };
 
-    // Copies window k of a turn's row to the ring's row at place `to`.
-    const auto copy = [&](int to, int k, int turn) {
+    // Copies window k of a turn's row, at element `begin`, to the ring's row at place `to`.
+    const auto copy = [&](int to, int k, int turn, int64_t begin) {
       const bool inside = turn < turns.own;
-      const int64_t begin = start_of(turn);
       const int shift = static_cast<int>(begin & (kSize - 1));
       const int column = strip.At(k) - shift, tail_column = strip.At(kPackets) - shift;
       const bool copied = inside && column < hidden;
@@ -83,10 +88,11 @@ __global__ __launch_bounds__(kLanesThreads,
     };
 
     int ahead = 0;  // the turn whose row is copied next
+    int64_t ahead_start = start_of(0);
 #pragma unroll
-    for (int t = 0; t < kAhead; ++t, ahead = after(ahead)) {
+    for (int t = 0; t < kAhead; ++t, advance(&ahead, &ahead_start)) {
 #pragma unroll
-      for (int k = 0; k < kPackets; ++k) copy(t * kPackets, k, ahead);
+      for (int k = 0; k < kPackets; ++k) copy(t * kPackets, k, ahead, ahead_start);
     }
     float next_rrms = rrms_of(0);
     // The ring's places of the rows of this turn and of the last one, and of the row to be copied.
@@ -98,7 +104,6 @@ __global__ __launch_bounds__(kLanesThreads,
       int column[kPackets];
 #pragma unroll
       for (int k = 0; k < kPackets; ++k) column[k] = strip.At(k) - shift;
-      const int tail_column = strip.At(kPackets) - shift;
       float gamma[kPackets][kSize], tail_gamma[kSize], dgamma[kPackets][kSize] = {};
       LoadGammaOfStrip(args, turns.group * hidden, shift, strip, gamma, tail_gamma);
 
@@ -110,32 +115,26 @@ __global__ __launch_bounds__(kLanesThreads,
         if (more) {
           rrms = next_rrms;
           next_rrms = rrms_of(after(turn));
-          CircleSum<kSize, kPackets> circle;
-#pragma unroll
-          for (int k = 0; k < kPackets; ++k) {
-            WaitCopies<kInFlight>();
-            copy(to, k, ahead);
-            if (k > 0 && !strip.Reaches(k, shift + hidden)) continue;
-            float x[kSize], dy[kSize], terms[kSize];
-            x_ring.Read(from + k).Get(x);
-            dy_ring.Read(from + k).Get(dy);
-            AccumulateWindow<T>(x, dy, gamma[k], rrms, round, dgamma[k], terms);
-            ZeroOutside(hidden, column[k], terms);
-            if (k == 0) {
-              float tail[kSize] = {};
-              if (kTail && tail_column < hidden) {
-                float unused[kSize] = {};
+          const auto circle = SumOfStrip(
+              strip, shift, shift + hidden,
+              [&](int k, float (&terms)[kSize]) {
+                WaitCopies<kInFlight>();
+                copy(to, k, ahead, ahead_start);
+                float x[kSize], dy[kSize];
+                x_ring.Read(from + k).Get(x);
+                dy_ring.Read(from + k).Get(dy);
+                AccumulateWindow<T>(x, dy, gamma[k], rrms, round, dgamma[k], terms);
+                ZeroOutside(hidden, column[k], terms);
+              },
+              [&](float (&terms)[kSize]) {
+                float x[kSize], dy[kSize], unused[kSize] = {};
                 x_ring.ReadFurther(from).Get(x);
                 dy_ring.ReadFurther(from).Get(dy);
-                AccumulateWindow<T>(x, dy, tail_gamma, rrms, false, unused, tail);
-                ZeroOutside(hidden, tail_column, tail);
-              }
-              ReplaceHead(strip.Head(shift), tail, terms);
-            }
-            circle.Add(k, terms);
-          }
+                AccumulateWindow<T>(x, dy, tail_gamma, rrms, false, unused, terms);
+                ZeroOutside(hidden, strip.At(kPackets) - shift, terms);
+              });
           row_sum.PostOfWarp(sums++, circle.Over(strip.lanes()));
-          ahead = after(ahead);
+          advance(&ahead, &ahead_start);
         }
         if (last >= 0) {
           const float mean = row_sum.Wait(sums - (more ? 2 : 1)) * params.inverse_hidden;

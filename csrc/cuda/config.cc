@@ -80,9 +80,9 @@ LaunchConfig WindowLanes(int64_t windows, std::initializer_list<int> per_lane, i
   return best;
 }
 
-// Few rows of windows: pairs of warps share what a warp has.
+// Few rows of windows: pairs of warps share what a warp has, but for strips of three with a tail.
 void ShareWindows(LaunchConfig* config) {
-  if (config->packets == 1) return;
+  if (config->packets == 1 || (config->packets == 3 && config->scope != Scope::kLanes)) return;
   config->share = 2;
   config->packets = static_cast<int>(CeilDiv(config->packets, config->share));
   config->threads_per_row *= config->share;
@@ -99,6 +99,12 @@ int64_t ExchangeBytes(const LaunchConfig& config, int rows) {
 int64_t BlocksAlike(int64_t hidden, int width, int64_t slots) {
   const int64_t rows = width / std::gcd(hidden, int64_t{width});
   return rows / std::gcd(rows, slots);
+}
+
+// So many blocks, or a few less where rows then lie alike in all turns: others read gamma again and again.
+int64_t AlikeIfNear(int64_t blocks, int64_t hidden, int width, int64_t slots) {
+  const int64_t alike = BlocksAlike(hidden, width, slots), fewer = blocks / alike * alike;
+  return 8 * fewer >= 7 * blocks ? fewer : blocks;
 }
 
 // A row that a block stages in shared memory.
@@ -193,15 +199,16 @@ LaunchConfig ForwardLayout(const Device& device, const Ring& ring, int64_t packe
 }
 
 // Many rows of windows for clusters of blocks, several of which an SM has place for: the clusters of which
-// most find a place. Their number is the grid's, in clusters.
-LaunchConfig WindowCluster(const Device& device, int width, int64_t windows, int per_sm, int margin) {
+// most find a place, larger ones only if a tenth more do. Their number is the grid's, in clusters.
+LaunchConfig WindowCluster(const Device& device, int64_t hidden, int width, int64_t windows, int per_sm,
+                           int margin) {
   LaunchConfig best = Loop();
   for (int cluster = 2; cluster <= device.max_cluster; ++cluster) {
     LaunchConfig config = Cluster(windows, kStripWindows, cluster);
     if (config.block > kWindowRingThreads<Scope::kCluster>) continue;
     const int layers = margin > 0 ? 1 : per_sm / config.block;
-    config.grid = int64_t{ResidentBlocks(device, cluster, margin)} * layers;
-    if (config.grid > best.grid) best = config;
+    config.grid = AlikeIfNear(int64_t{ResidentBlocks(device, cluster, margin)} * layers, hidden, width, 1);
+    if (10 * config.grid > 11 * best.grid) best = config;
   }
   best.method = Method::kRing;
   best.width = width;
@@ -252,7 +259,7 @@ LaunchConfig UnalignedForwardLayout(const Device& device, int64_t rows, int64_t 
   }
   config = Staged(hidden, wide, x);
   if (config.shared_memory > most_staged) {
-    const LaunchConfig ring = WindowCluster(device, wide, windows, per_sm, margin);
+    const LaunchConfig ring = WindowCluster(device, hidden, wide, windows, per_sm, margin);
     if (ring.scope == Scope::kCluster) return ring;
   }
   return config.shared_memory <= room ? config : Loop();
@@ -298,15 +305,18 @@ LaunchConfig UnalignedBackwardLayout(const Device& device, Ring* ring, int64_t h
     return ring->PlaceCluster(device, packets, kPerThread);
   }
   const int64_t windows = Windows(hidden, ring->width);
-  if (windows <= kStripWindows * kWarp) return WindowLanes(windows, {1, 2, 4}, ring->width, kWarp);
-  LaunchConfig config = Block(windows, kStripWindows);
+  if (windows <= kStripWindows * kWarp) return WindowLanes(windows, {1, 2, 3, 4}, ring->width, kWarp);
+  // Three windows a lane leave more warps to an SM, four may make room for another row.
+  LaunchConfig config = Block(windows, 3);
+  const LaunchConfig four = Block(windows, 4);
+  if (kLanesThreads / four.block > kLanesThreads / config.block) config = four;
   if (config.block <= kLanesThreads && ring->Bytes(config) <= ring->room) return config;
   // Of the clusters that are large enough those of which most find a place.
   LaunchConfig best = Loop();
   int most = 0;
   for (int cluster = 2; cluster <= device.max_cluster; ++cluster) {
-    config = Cluster(windows, kStripWindows, cluster);
-    if (config.block > kLanesThreads || ring->Bytes(config) > ring->room) continue;
+    config = Cluster(windows, 3, cluster);
+    if (config.block > kMaxThreads || ring->Bytes(config) > ring->room) continue;
     const int count = ResidentBlocks(device, cluster, margin);
     if (count > most) best = config;
     most = std::max(most, count);
@@ -402,10 +412,12 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
     if (config.method == Method::kRing) {  // rows that are not aligned, in several blocks an SM
       config.shared_memory = 2 * ring.PlaceBytes(config);
       const int threads = WindowsPerSM(SizeOf(gamma) > SizeOf(x), config.packets);
-      if (config.scope == Scope::kCluster)
+      if (config.scope == Scope::kCluster) {
         most = config.grid;
-      else if (margin == 0)
-        most = int64_t{device.sm_count} * (threads / config.block);
+      } else {
+        if (margin == 0) most = int64_t{device.sm_count} * (threads / config.block);
+        most = AlikeIfNear(most, shape.hidden, width, slots);
+      }
     }
     config.grid = std::min(CeilDiv(shape.groups * shape.rows, slots * config.rows), most) * config.cluster;
     config.dependent = device.dependent_launch;
@@ -467,9 +479,10 @@ LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x
   const int64_t wanted = std::max<int64_t>(1, resident / std::max<int64_t>(1, shape.groups));
   const int64_t most = partial_rows == 0 ? shape.rows : partial_rows;
   config.blocks_per_group = std::max<int64_t>(1, std::min({items, wanted, most}));
-  // Several clusters of a group take rows of all shifts; others those that lie alike.
-  const bool all_shifts = config.scope == Scope::kCluster && config.blocks_per_group > 1;
-  if (windows && !all_shifts && config.blocks_per_group < items) {
+  // Several clusters of a group take rows of all shifts, other blocks those that lie alike.
+  if (windows && config.scope == Scope::kCluster && config.blocks_per_group > 1) {
+    config.blocks_per_group = AlikeIfNear(config.blocks_per_group, shape.hidden, ring.width, slots);
+  } else if (windows && config.blocks_per_group < items) {
     const int64_t alike = BlocksAlike(shape.hidden, ring.width, slots);
     config.blocks_per_group = std::min(items, std::max(alike, config.blocks_per_group / alike * alike));
     if (config.blocks_per_group > most) {  // not what JAX's side asks for

@@ -39,23 +39,8 @@ __global__ __launch_bounds__(
   const float gamma_offset = args.gamma == nullptr || arithmetic.zero_centered_gamma ? 1.0f : -0.0f;
   const int64_t first = static_cast<int64_t>(blockIdx.x / place.blocks) * slots.count;
   const int64_t step = static_cast<int64_t>(gridDim.x / place.blocks) * slots.count;
-  // Every so many-th row of a slot lies as the first does: these come first, then those that lie as the
-  // second one does, and so on.
-  const int turn = static_cast<int>(step * hidden & (kSize - 1));
-  const int ways = turn == 0 ? 1 : kSize >> (__ffs(turn) - 1);
-  int way = 0;
-  const auto after = [&](int64_t row) {
-    row += ways * step;
-    if (row >= rows) row = ++way < ways ? first + way * step : rows;
-    return row;
-  };
-
-  // Starts the copies of a row's windows, into every other place. `row`: that of slot 0; rows beyond the last
-  // take part in the sums only.
-  const auto copy = [&](int to, int64_t row) {
-    const bool live = row + slots.number < rows;
-    const int64_t begin = (row + slots.number) * hidden;
-    const int shift = static_cast<int>(begin & (kSize - 1));
+  // Starts the copies of the windows of the row that begins at element `begin`, into every other place.
+  const auto copy = [&](int to, int64_t begin, int shift, bool live) {
     const bool whole = begin + hidden + kSize <= elements;
 #pragma unroll
     for (int k = 0; k < kPackets; ++k) {
@@ -77,18 +62,31 @@ __global__ __launch_bounds__(
     }
     CommitCopies();
   };
+  const auto shift_of = [](int64_t begin) { return static_cast<int>(begin & (kSize - 1)); };
 
+  // Every so many-th row of a slot lies as the first does: these come first, then those that lie as the
+  // second one does, and so on. Rows beyond the last take part in the sums only.
+  const int turned = shift_of(step * hidden);
+  const int ways = turned == 0 ? 1 : kSize >> (__ffs(turned) - 1);
+  const int64_t rows_on = ways * step, elements_on = rows_on * hidden;
+  int way = 0;
+  int64_t row = first + slots.number, start = row * hidden;
+  int shift = shift_of(start);
   Packet<G, kSize> gammas[kPackets];
-  int64_t gamma_start = INT64_MIN;  // of gammas, in its tensor
+  int64_t gamma_row = -1;  // of gammas, which lie as the row does
   int at = 0;
-  copy(at, first);
+  copy(at, start, shift, row < rows);
 #pragma unroll 1
-  for (int64_t lead = first, next; lead < rows; lead = next, at = kPackets - at) {
-    next = after(lead);
-    copy(kPackets - at, next);
-    const int64_t row = lead + slots.number, start = row * hidden;
+  while (row - slots.number < rows) {
+    int64_t next = row + rows_on, next_start = start + elements_on;
+    int next_shift = shift;
+    if (next - slots.number >= rows && ++way < ways) {
+      next = first + way * step + slots.number;
+      next_start = next * hidden;
+      next_shift = shift_of(next_start);
+    }
+    copy(kPackets - at, next_start, next_shift, next < rows);
     const bool live = kTail || row < rows;
-    const int shift = static_cast<int>(start & (kSize - 1));
     const int tail_column = strip.At(kPackets) - shift;
     const bool has_tail = kTail && tail_column < hidden;
     // Window k, of which other rows' elements are zero, but for those before the row.
@@ -96,9 +94,10 @@ __global__ __launch_bounds__(
       const int column = strip.At(k) - shift;
       return FirstOf(k == kPackets ? ring.ReadFurther(from) : ring.Read(from + k), hidden - column);
     };
-    if (const int64_t here = GammaRow(args.shape, row) * hidden - shift; here != gamma_start) {
-      gamma_start = here;
-      JoinedGamma<G, kSize>(args, here).Load(Anew(shift) + hidden, strip.At(0), strip.Stride(), gammas);
+    if (const int64_t here = GammaRow(args.shape, row); here != gamma_row) {
+      gamma_row = here;
+      JoinedGamma<G, kSize>(args, here * hidden - Anew(shift))
+          .Load(Anew(shift) + hidden, strip.At(0), strip.Stride(), gammas);
     }
     WaitCopies<1>();
 
@@ -118,25 +117,31 @@ __global__ __launch_bounds__(
       circle.template AddSquares<sizeof(T) == 2>(k, values);
     }
     const float sum = row_sum.OfWarps(circle.Over(strip.lanes()));
-    if (!live) continue;
-    const float rrms = rsqrtf(sum * params.inverse_hidden + arithmetic.eps);
-    if (args.rrms != nullptr && thread == 0 && place.rank == 0) args.rrms[row] = rrms;
+    if (live) {
+      const float rrms = rsqrtf(sum * params.inverse_hidden + arithmetic.eps);
+      if (args.rrms != nullptr && thread == 0 && place.rank == 0) args.rrms[row] = rrms;
 
-    WithTypeBeside<T>(args.y_dtype, [&](auto tag) {
-      using Y = decltype(tag);
-      Y* y_at = static_cast<Y*>(args.y) + start + (strip.At(0) - shift);
+      WithTypeBeside<T>(args.y_dtype, [&](auto tag) {
+        using Y = decltype(tag);
+        Y* y_at = static_cast<Y*>(args.y) + start + (strip.At(0) - shift);
 #pragma unroll
-      for (int k = 0; k < kPackets; ++k) {
-        if (kTail && k > 0 && !strip.Reaches(k, shift + hidden)) break;
-        float values[kSize], scale[kSize], y[kSize];
-        ring.Read(at + k).Get(values);
-        gammas[k].Get(scale);
+        for (int k = 0; k < kPackets; ++k) {
+          if (kTail && k > 0 && !strip.Reaches(k, shift + hidden)) break;
+          float values[kSize], scale[kSize], y[kSize];
+          ring.Read(at + k).Get(values);
+          gammas[k].Get(scale);
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) scale[i] += gamma_offset;
-        Normalize<T>(values, rrms, scale, arithmetic.round_before_gamma, y);
-        StoreWithinRow(y_at + (strip.At(k) - strip.At(0)), hidden, strip.At(k) - shift, y);
-      }
-    });
+          for (int i = 0; i < kSize; ++i) scale[i] += gamma_offset;
+          Normalize<T>(values, rrms, scale, arithmetic.round_before_gamma, y);
+          StoreWithinRow(y_at + (strip.At(k) - strip.At(0)), hidden, strip.At(k) - shift, y);
+        }
+      });
+    }
+    if (next_shift != shift) gamma_row = -1;
+    row = next;
+    start = next_start;
+    shift = next_shift;
+    at = kPackets - at;
   }
   WaitCopies<0>();
 }

@@ -56,10 +56,12 @@ __device__ __forceinline__ float SumMany(uint32_t from, int count) {
 // number (k * lanes + l) * kSize + i of it. Has the same bits however the circle is turned: numbers that lie
 // half the circle apart are added first, then those a quarter apart, and so on, and the two sides of each
 // addition may change places. More than four windows are added up one after another, and three count as four
-// of which one is empty: there no term that is not zero may come round.
+// of which one is empty: there no term that is not zero may come round (kRound).
 template <int kSize, int kWindows>
 class CircleSum {
  public:
+  static constexpr bool kRound = kWindows == 1 || kWindows == 2 || kWindows == 4;
+
   __device__ __forceinline__ CircleSum() {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) sums_[0][i] = sums_[1][i] = 0.0f;
