@@ -87,11 +87,20 @@ def in_windows(case: Case, config: dict[str, Any]) -> bool:
 def mapping(case: Case, config: dict[str, Any]) -> dict[str, Any]:
     """Which thread has which elements, and the order in which sums are added up.
 
-    The sums of windows are added up by strips, which a staged row deals out as a cluster of any size does.
+    The sums of windows are added up by strips, which a staged row deals out as a cluster of any size does, and of
+    which two warps may share one. A fourth window that is always empty makes no difference.
     """
-    staged = config["method"] == "staged" or config["scope"] == "cluster"
-    names = ("width",) if staged and in_windows(case, config) else MAPPING
-    return {name: config[name] for name in names}
+    if not in_windows(case, config) or config["scope"] == "loop":
+        return {name: config[name] for name in MAPPING}
+    if config["method"] == "staged" or config["scope"] == "cluster":
+        return {"width": config["width"]}
+    windows = config["packets"] * config["share"]
+    return {
+        "scope": config["scope"],
+        "width": config["width"],
+        "windows": 4 if windows == 3 and config["scope"] == "lanes" else windows,
+        "threads": config["threads_per_row"] // config["share"],
+    }
 
 
 def covered(config: dict[str, Any]) -> int:
@@ -188,11 +197,11 @@ def test_threads(case):
     for config in case.both().values():
         block, threads = config["block"], config["threads_per_row"]
         assert block % 32 == 0
-        assert 32 <= block <= MAX_THREADS
+        assert 32 <= block <= (MAX_THREADS if config["share"] == 1 else 768)
         # A block for few rows may have more than a row's: those are for dgamma alone.
         assert block % threads == 0 or (kernel(config) == "few" and block == 256)
         if config["scope"] == "lanes":
-            assert threads in (1, 2, 4, 8, 16, 32)
+            assert threads // config["share"] in (1, 2, 4, 8, 16, 32)
         else:
             assert threads % 32 == 0
         cluster = config["cluster"]
@@ -225,15 +234,17 @@ def test_grid(case):
         clusters = config["grid"] // config["cluster"]
         # The forward interface has one group.
         groups = case.groups if direction == "backward" else 1
-        if kernel(config) == "few" and config["scope"] != "lanes":
-            slots = 1  # whatever the block has more of is for dgamma alone
+        if kernel(config) == "few":
+            assert 1 <= config["slots"] <= slots  # whatever the block has more of is for dgamma alone
+            slots = config["slots"]
         rows = -(-groups * case.rows // slots)
         if kernel(config) == "few":
             assert clusters == -(-groups * config["tiles"] // config["cluster"]) + rows
         elif direction == "forward" and kernel(config) == "ring" and not config["aligned"]:
             assert clusters <= rows
-            assert case.margin > 0 or config["grid"] * config["block"] <= 1024 * case.sm_count
-            assert case.margin == 0 or config["grid"] <= usable
+            most = max(usable, config["cluster"])
+            assert config["grid"] <= most or case.margin == 0
+            assert config["grid"] * config["block"] <= 1024 * most
         elif direction == "forward" and kernel(config) != "ring" and case.margin == 0:
             assert clusters == min(rows, (2**31 - 1) // config["cluster"])
         else:
@@ -265,7 +276,7 @@ def test_shared_memory(case):
         assert config["shared_memory"] <= config["most_shared_memory"] < case.shared_memory
         slots = config["block"] // config["threads_per_row"]
         if kernel(config) != "ring":
-            assert (config["shared_memory"] > 0) == (kernel(config) == "staged")
+            assert (config["shared_memory"] > 0) == (kernel(config) == "staged" or config["share"] > 1)
             continue
         sizes = SIZES[case.x] + (SIZES[case.dy] if direction == "backward" else 0)
         sizes += SIZES[case.x] if direction == "backward" and case.fusion == "add" else 0

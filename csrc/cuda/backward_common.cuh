@@ -180,14 +180,19 @@ __device__ __forceinline__ void StoreDgamma(const BackwardParams& params, int64_
   if constexpr (kAligned) {
     StoreAs<float>(dtype, to, row * hidden + column, values);
   } else {
+    const auto inside = [&](int i) { return column + i >= 0 && column + i < hidden; };
+    float totals[kSize];
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      totals[i] = more && inside(i) ? __ldcg(args.partials + row * hidden + column + i) : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) totals[i] += values[i];
     WithType(dtype, [&](auto tag) {
       using To = decltype(tag);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
-        const int64_t at = column + i;
-        if (at < 0 || at >= hidden) continue;
-        const float before = more ? __ldcg(args.partials + row * hidden + at) : 0.0f;
-        static_cast<To*>(to)[row * hidden + at] = FromFloat<To>(before + values[i]);
+        if (inside(i)) static_cast<To*>(to)[row * hidden + column + i] = FromFloat<To>(totals[i]);
       }
     });
   }

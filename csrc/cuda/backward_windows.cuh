@@ -6,15 +6,14 @@
 
 namespace jax_rmsnorm {
 
-// Grid, and what is done in a turn: as BackwardKernel, on windows instead of packets. Rows of one shift come
-// one after another, so that a thread has gamma and dgamma at its windows' columns in registers: those of
-// every so many-th turn of a cluster, and then those of another shift, for which its dgamma is added to what
-// it has stored. The slots of a block have rows of one shift only.
+// Grid, and what is done in a turn: as BackwardKernel, on windows instead of packets. A thread has gamma and
+// dgamma at its windows' columns in registers: the slots of a block have rows of one shift only, and a
+// cluster has those of one shift after another. Before those of another it adds its dgamma to what it has
+// stored.
 //
 // Preconditions: all tensors are aligned to 16 bytes; the row fits wherever it begins, hidden + kSize - 1 <=
-// kSize * kPackets * threads_per_row * blocks of the cluster; kSize <= threads_per_row; but for clusters, of
-// which a group has several, all rows of a slot and group begin equally far behind a multiple of kSize
-// elements.
+// kSize * kPackets * threads_per_row * blocks of the cluster; kSize <= threads_per_row; a group has several
+// clusters, or all rows of a slot and group begin equally far behind a multiple of kSize elements.
 template <typename T, typename D, int kPackets, Scope kScope>
 __global__ __launch_bounds__(kScope == Scope::kCluster ? kMaxThreads : kLanesThreads,
                              1) void BackwardWindowsKernel(const __grid_constant__ BackwardParams params) {
@@ -43,26 +42,19 @@ __global__ __launch_bounds__(kScope == Scope::kCluster ? kMaxThreads : kLanesThr
   const int64_t items = args.shape.groups * params.blocks_per_group;
   unsigned sums = 0;  // rows that were handed in to row_sum
   for (int64_t item = blockIdx.x / place.blocks; item < items; item += gridDim.x / place.blocks) {
-    const Turns<> turns(args.shape, params.blocks_per_group, item, slots.count, slots.number);
-    // Every `stride`-th turn has rows that lie alike.
-    const int turned = kScope == Scope::kCluster ? static_cast<int>(turns.step * hidden & (kSize - 1)) : 0;
-    const int stride = turned == 0 ? 1 : kSize >> (__ffs(turned) - 1);
-    const int ways = min(stride, max(turns.all, 1));
-    const auto after = [&](int turn) {
-      const int next = turn + stride, way = (turn & (stride - 1)) + 1;
-      return turn >= turns.all || next < turns.all ? next : way < ways ? way : turns.all;
-    };
-    const auto start_of = [&](int turn) { return (turns.row + turn * turns.step) * hidden; };
-    const int64_t start_step = turns.step * hidden;
-    const auto advance = [&](int* turn, int64_t* start) {
-      *turn = after(*turn);
-      *start = kScope == Scope::kCluster ? start_of(*turn) : *start + start_step;
-    };
+    const auto turns = [&] {
+      if constexpr (kScope == Scope::kCluster) {
+        return TurnsAlike<kSize>(args.shape, params.blocks_per_group, item);
+      } else {
+        return Turns<>(args.shape, params.blocks_per_group, item, slots.count, slots.number);
+      }
+    }();
+    const auto shift_of = [](int64_t start) { return static_cast<int>(start & (kSize - 1)); };
 
-    // Copies window k of a turn's row, at element `begin`, to the ring's row at place `to`.
-    const auto copy = [&](int to, int k, int turn, int64_t begin) {
-      const bool inside = turn < turns.own;
-      const int shift = static_cast<int>(begin & (kSize - 1));
+    // Copies window k of a row to the ring's row at place `to`.
+    const auto copy = [&](int to, int k, int64_t row, bool inside) {
+      const int64_t begin = row * hidden;
+      const int shift = shift_of(begin);
       const int column = strip.At(k) - shift, tail_column = strip.At(kPackets) - shift;
       const bool copied = inside && column < hidden;
       const bool tail = kTail && k == 0 && inside && tail_column < hidden;
@@ -83,24 +75,20 @@ __global__ __launch_bounds__(kScope == Scope::kCluster ? kMaxThreads : kLanesThr
       }
       CommitCopies();
     };
-    const auto rrms_of = [&](int turn) {
-      return turn < turns.own ? args.rrms[turns.row + turn * turns.step] : 0.0f;
-    };
-
-    int ahead = 0;  // the turn whose row is copied next
-    int64_t ahead_start = start_of(0);
+    int turn = 0, ahead = 0;  // the turn whose row is copied next
+    int64_t row = turns.row, ahead_row = turns.row;
 #pragma unroll
-    for (int t = 0; t < kAhead; ++t, advance(&ahead, &ahead_start)) {
+    for (int t = 0; t < kAhead; ++t, ++ahead, ahead_row = turns.After(ahead_row)) {
 #pragma unroll
-      for (int k = 0; k < kPackets; ++k) copy(t * kPackets, k, ahead, ahead_start);
+      for (int k = 0; k < kPackets; ++k) copy(t * kPackets, k, ahead_row, ahead < turns.own);
     }
-    float next_rrms = rrms_of(0);
+    float next_rrms = turns.own > 0 ? args.rrms[row] : 0.0f;
     // The ring's places of the rows of this turn and of the last one, and of the row to be copied.
     int from = 0, last_from = 0, to = kAhead * kPackets;
 
 #pragma unroll 1
-    for (int way = 0; way < ways; ++way) {
-      const int shift = static_cast<int>(start_of(way) & (kSize - 1));
+    do {
+      const int first_turn = turn, shift = shift_of(row * hidden);
       int column[kPackets];
 #pragma unroll
       for (int k = 0; k < kPackets; ++k) column[k] = strip.At(k) - shift;
@@ -108,18 +96,19 @@ __global__ __launch_bounds__(kScope == Scope::kCluster ? kMaxThreads : kLanesThr
       LoadGammaOfStrip(args, turns.group * hidden, shift, strip, gamma, tail_gamma);
 
       float rrms = 0.0f;
+      int64_t last_row = row;
 #pragma unroll 1
-      for (int turn = way, last = -1;; turn += stride) {
-        const bool more = turn < turns.all;
+      while (true) {
+        const bool more = turn < turns.all && (kScope != Scope::kCluster || shift_of(row * hidden) == shift);
         const float last_rrms = rrms;
         if (more) {
           rrms = next_rrms;
-          next_rrms = rrms_of(after(turn));
+          next_rrms = turn + 1 < turns.own ? args.rrms[turns.After(row)] : 0.0f;
           const auto circle = SumOfStrip(
               strip, shift, shift + hidden,
               [&](int k, float (&terms)[kSize]) {
                 WaitCopies<kInFlight>();
-                copy(to, k, ahead, ahead_start);
+                copy(to, k, ahead_row, ahead < turns.own);
                 float x[kSize], dy[kSize];
                 x_ring.Read(from + k).Get(x);
                 dy_ring.Read(from + k).Get(dy);
@@ -134,13 +123,14 @@ __global__ __launch_bounds__(kScope == Scope::kCluster ? kMaxThreads : kLanesThr
                 ZeroOutside(hidden, strip.At(kPackets) - shift, terms);
               });
           row_sum.PostOfWarp(sums++, circle.Over(strip.lanes()));
-          advance(&ahead, &ahead_start);
+          ++ahead;
+          ahead_row = turns.After(ahead_row);
         }
-        if (last >= 0) {
+        if (turn > first_turn) {
           const float mean = row_sum.Wait(sums - (more ? 2 : 1)) * params.inverse_hidden;
           const float slope = Slope(last_rrms, mean);
-          if (last < turns.own) {
-            T* dx_row = static_cast<T*>(args.dx) + start_of(last);
+          if (turn <= turns.own) {
+            T* dx_row = static_cast<T*>(args.dx) + last_row * hidden;
 #pragma unroll
             for (int k = 0; k < kPackets; ++k) {
               if (column[k] >= hidden) continue;
@@ -153,16 +143,18 @@ __global__ __launch_bounds__(kScope == Scope::kCluster ? kMaxThreads : kLanesThr
           }
         }
         if (!more) break;
-        last = turn;
+        ++turn;
+        last_row = row;
+        row = turns.After(row);
         last_from = from;
         from = from + kPackets == kPlaces ? 0 : from + kPackets;
         to = to + kPackets == kPlaces ? 0 : to + kPackets;
       }
-      if (way == ways - 1) WaitCopies<0>();
+      if (turn >= turns.all) WaitCopies<0>();
       if (args.dgamma == nullptr) continue;
       StoreBlockDgamma<false>(params, turns.group, turns.block, slots.count, slots.number, column, dgamma,
-                              reinterpret_cast<float*>(shared), way > 0);
-    }
+                              reinterpret_cast<float*>(shared), first_turn > 0);
+    } while (turn < turns.all);
   }
 }
 

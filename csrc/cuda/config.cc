@@ -249,20 +249,21 @@ LaunchConfig UnalignedForwardLayout(const Device& device, int64_t rows, int64_t 
     return config;
   }
   const int cluster = std::max(2, ClusterFor(windows, kStripWindows, kMaxThreads));
+  LaunchConfig at_once = Loop();
+  if (cluster <= device.max_cluster) {
+    at_once = Cluster(windows, kStripWindows, cluster);
+    at_once.method = Method::kWindows;
+    at_once.width = wide;
+  }
   // Two rounds of clusters end sooner than one of blocks.
   const bool two_rounds = rows * cluster <= int64_t{2} * device.sm_count;
-  if (cluster <= device.max_cluster && (few || two_rounds)) {
-    config = Cluster(windows, kStripWindows, cluster);
-    config.method = Method::kWindows;
-    config.width = wide;
-    return config;
-  }
+  if (at_once.scope == Scope::kCluster && (few || two_rounds)) return at_once;
   config = Staged(hidden, wide, x);
   if (config.shared_memory > most_staged) {
     const LaunchConfig ring = WindowCluster(device, hidden, wide, windows, per_sm, margin);
     if (ring.scope == Scope::kCluster) return ring;
   }
-  return config.shared_memory <= room ? config : Loop();
+  return config.shared_memory <= room ? config : at_once;
 }
 
 // With an addend no block is persistent: a row is the hardware's to deal out, whatever the margin.
@@ -480,9 +481,8 @@ LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x
   const int64_t most = partial_rows == 0 ? shape.rows : partial_rows;
   config.blocks_per_group = std::max<int64_t>(1, std::min({items, wanted, most}));
   // Several clusters of a group take rows of all shifts, other blocks those that lie alike.
-  if (windows && config.scope == Scope::kCluster && config.blocks_per_group > 1) {
-    config.blocks_per_group = AlikeIfNear(config.blocks_per_group, shape.hidden, ring.width, slots);
-  } else if (windows && config.blocks_per_group < items) {
+  const bool sorted = config.scope == Scope::kCluster && config.blocks_per_group > 1;
+  if (windows && !sorted && config.blocks_per_group < items) {
     const int64_t alike = BlocksAlike(shape.hidden, ring.width, slots);
     config.blocks_per_group = std::min(items, std::max(alike, config.blocks_per_group / alike * alike));
     if (config.blocks_per_group > most) {  // not what JAX's side asks for

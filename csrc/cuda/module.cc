@@ -54,6 +54,8 @@ nb::dict ToDict(const LaunchConfig& config) {
   dict["width"] = config.width;
   dict["packets"] = config.packets;
   dict["threads_per_row"] = config.threads_per_row;
+  dict["share"] = config.share;
+  dict["slots"] = config.slots;
   dict["block"] = config.block;
   dict["cluster"] = config.cluster;
   dict["grid"] = config.grid;

@@ -24,9 +24,41 @@ struct Turns {
     row = group * shape.rows + mine;
   }
 
+  __device__ __forceinline__ int64_t After(int64_t of) const { return of + step; }
+
   int64_t group, block;
   int64_t row, step;  // the slot's first row, counted through all groups, and from there to its next ones
   int all, own;       // turns of the block, and those of them in which the slot has a row
+};
+
+// The same for a cluster, where rows of a group lie differently in packets of kSize elements: sorted by how
+// they do, a run of as many as another cluster has.
+template <int kSize>
+struct TurnsAlike {
+  __device__ TurnsAlike(const Shape& shape, int64_t blocks_per_group, int64_t item)
+      : group(item / blocks_per_group), block(item % blocks_per_group) {
+    const int turned = static_cast<int>(shape.hidden & (kSize - 1));
+    alike = turned == 0 ? 1 : kSize >> (__ffs(turned) - 1);
+    const int64_t first = block * shape.rows / blocks_per_group;
+    own = all = static_cast<int>((block + 1) * shape.rows / blocks_per_group - first);
+    // The first `more` sorts have a row more than the others.
+    const int64_t of_sort = shape.rows / alike, more = shape.rows % alike, in_more = more * (of_sort + 1);
+    const int64_t sort =
+        first < in_more ? first / (of_sort + 1) : more + (first - in_more) / max(of_sort, int64_t{1});
+    row = group * shape.rows + sort + alike * (first - sort * of_sort - min(sort, more));
+    begin = group * shape.rows;
+    end = begin + shape.rows;
+  }
+
+  __device__ __forceinline__ int64_t After(int64_t of) const {
+    return of + alike < end ? of + alike : begin + (of - begin) % alike + 1;
+  }
+
+  int64_t group, block;
+  int64_t row;  // the first, counted through all groups
+  int all, own;
+  int alike;           // every so many-th row lies alike
+  int64_t begin, end;  // of the group's rows
 };
 
 // One operand's packets, or those of several of one shape and dtype, whose rings lie some `offset` of bytes
