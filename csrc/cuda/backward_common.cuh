@@ -164,56 +164,99 @@ __device__ __forceinline__ void AddGradients(const BackwardArgs& args, int64_t a
   }
 }
 
-// A block's part of dgamma at the kSize columns from `column` on, without kAligned those within the row: into
-// its partial row, or into dgamma itself where the group has no other block. `group` and `block` count from
-// 0. `more`: added to what threads of the block, or cluster, have stored in its partial row before, and
-// handed in a row's sum since.
-template <bool kAligned, int kSize>
-__device__ __forceinline__ void StoreDgamma(const BackwardParams& params, int64_t group, int64_t block,
-                                            int64_t column, const float (&values)[kSize], bool more = false) {
-  const BackwardArgs& args = params.args;
-  const int64_t hidden = args.shape.hidden;
-  const bool whole = params.blocks_per_group == 1;
-  const DType dtype = whole ? args.gamma_dtype : DType::kF32;
-  void* to = whole ? args.dgamma : args.partials;
-  const int64_t row = whole ? group : group * args.partial_rows + block;
-  if constexpr (kAligned) {
-    StoreAs<float>(dtype, to, row * hidden + column, values);
-  } else {
-    const auto inside = [&](int i) { return column + i >= 0 && column + i < hidden; };
-    float totals[kSize];
+// Runs of kSize lanes, each with kSize values: afterwards values[i] of lane r is what values[r] of lane i
+// was.
+template <int kSize>
+__device__ __forceinline__ void Transpose(float (&values)[kSize]) {
+#pragma unroll
+  for (int half = kSize / 2; half > 0; half /= 2) {
+    const bool upper = (threadIdx.x & half) != 0;
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      totals[i] = more && inside(i) ? __ldcg(args.partials + row * hidden + column + i) : 0.0f;
+      if ((i & half) != 0) continue;
+      const float given = upper ? values[i] : values[i + half];
+      const float taken = __shfl_xor_sync(kFullMask, given, half);
+      values[i] = upper ? taken : values[i];
+      values[i + half] = upper ? values[i + half] : taken;
     }
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) totals[i] += values[i];
-    WithType(dtype, [&](auto tag) {
-      using To = decltype(tag);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        if (inside(i)) static_cast<To*>(to)[row * hidden + column + i] = FromFloat<To>(totals[i]);
-      }
-    });
   }
+}
+
+// Where a block's part of dgamma goes: into its partial row, or into dgamma itself where the group has no
+// other block. `group` and `block` count from 0.
+struct DgammaPlace {
+  __device__ DgammaPlace(const BackwardParams& params, int64_t group, int64_t block)
+      : whole(params.blocks_per_group == 1),
+        dtype(whole ? params.args.gamma_dtype : DType::kF32),
+        to(whole ? params.args.dgamma : params.args.partials),
+        start((whole ? group : group * params.args.partial_rows + block) * params.args.shape.hidden) {}
+
+  bool whole;
+  DType dtype;
+  void* to;
+  int64_t start;  // the element of column 0
+};
+
+// Values at the columns from `column` on, all within the row.
+template <int kSize>
+__device__ __forceinline__ void StoreDgamma(const DgammaPlace& place, int64_t column,
+                                            const float (&values)[kSize]) {
+  StoreAs<float>(place.dtype, place.to, place.start + column, values);
+}
+
+// Values at the columns column, column + kSize, ..., as far as they are within the row. `more`: added to what
+// is there, in a partial row.
+template <int kSize>
+__device__ __forceinline__ void StoreDgammaApart(const DgammaPlace& place, int hidden, int column,
+                                                 const float (&values)[kSize], bool more) {
+  const auto inside = [&](int i) { return column + i * kSize >= 0 && column + i * kSize < hidden; };
+  float totals[kSize];
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    const float* before = static_cast<const float*>(place.to) + place.start + column + i * kSize;
+    totals[i] = more && inside(i) ? __ldcg(before) : 0.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) totals[i] += values[i];
+  WithType(place.dtype, [&](auto tag) {
+    using To = decltype(tag);
+    To* to = static_cast<To*>(place.to) + place.start + column;
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      if (inside(i)) to[i * kSize] = FromFloat<To>(totals[i]);
+    }
+  });
 }
 
 // A block's part of dgamma out of those of its threads: each of `slots` runs of threads has one of its own at
 // columns column[k] on. Those of several slots are added up one after another, in `shares`: float32 [slots,
-// hidden] of shared memory, which all threads have read by the end. `more`: see StoreDgamma; of one slot.
+// hidden] of shared memory, which all threads have read by the end. `more`: see StoreDgammaApart; of one
+// slot.
 template <bool kAligned, int kSize, int kPackets>
 __device__ __forceinline__ void StoreBlockDgamma(const BackwardParams& params, int64_t group, int64_t block,
                                                  int slots, int slot, const int (&column)[kPackets],
                                                  const float (&dgamma)[kPackets][kSize], float* shares,
                                                  bool more = false) {
   const int hidden = static_cast<int>(params.args.shape.hidden);
+  const DgammaPlace place(params, group, block);
   if (slots == 1) {
-    if (!kAligned) __threadfence();  // between two threads' turns at a column
+    if constexpr (kAligned) {
 #pragma unroll
-    for (int k = 0; k < kPackets; ++k) {
-      if (column[k] < hidden) StoreDgamma<kAligned>(params, group, block, column[k], dgamma[k], more);
+      for (int k = 0; k < kPackets; ++k) {
+        if (column[k] < hidden) StoreDgamma(place, column[k], dgamma[k]);
+      }
+    } else {
+      // The columns are not aligned: single elements, of which neighbouring lanes have neighbouring ones.
+      const int lane = static_cast<int>(threadIdx.x) % kSize;
+#pragma unroll
+      for (int k = 0; k < kPackets; ++k) {
+        float values[kSize];
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) values[i] = dgamma[k][i];
+        Transpose(values);
+        StoreDgammaApart(place, hidden, column[k] - lane * (kSize - 1), values, more);
+      }
     }
-    if (!kAligned) __threadfence();
     return;
   }
   __syncthreads();
@@ -240,7 +283,7 @@ __device__ __forceinline__ void StoreBlockDgamma(const BackwardParams& params, i
     float total[1] = {0.0f};
 #pragma unroll 8
     for (int s = 0; s < slots; ++s) total[0] += shares[s * hidden + at];
-    StoreDgamma<false>(params, group, block, at, total);
+    StoreDgamma(place, at, total);
   }
   __syncthreads();
 }

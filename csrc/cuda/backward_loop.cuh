@@ -80,7 +80,7 @@ __global__ __launch_bounds__(512) void BackwardLoopKernel(const __grid_constant_
     for (int64_t column = first; column < hidden; column += width) {
       float values[kSize];
       for (int i = 0; i < kSize; ++i) values[i] = partial[column + i];
-      StoreDgamma<true>(params, group, block, column, values);
+      StoreDgamma(DgammaPlace(params, group, block), column, values);
     }
   }
 }

@@ -152,8 +152,11 @@ __global__ __launch_bounds__(kScope == Scope::kCluster ? kMaxThreads : kLanesThr
       }
       if (turn >= turns.all) WaitCopies<0>();
       if (args.dgamma == nullptr) continue;
+      // Rows of another shift have other threads at a column, which have handed in a row's sum in between.
+      if (first_turn > 0) __threadfence();
       StoreBlockDgamma<false>(params, turns.group, turns.block, slots.count, slots.number, column, dgamma,
                               reinterpret_cast<float*>(shared), first_turn > 0);
+      if (turn < turns.all) __threadfence();
     } while (turn < turns.all);
   }
 }

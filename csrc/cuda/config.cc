@@ -343,9 +343,15 @@ LaunchConfig BackwardLayout(const Device& device, const Ring& ring, int64_t pack
 }
 
 // Whether rows are so few that dx and dgamma are better computed side by side: all of x and dy stays in the
-// L2 cache, a tile of dgamma has few rows for each of its threads, and the blocks find room, two on an SM.
-bool AreFew(const Device& device, const Shape& shape, DType x, const LaunchConfig& config) {
+// L2 cache, a tile of dgamma has few rows for each of its threads, and the blocks find room, two on an SM;
+// clusters of larger ones in two rounds.
+bool AreFew(const Device& device, const Shape& shape, DType x, const LaunchConfig& config, bool windows) {
   const int64_t rows = shape.groups * shape.rows, places = int64_t{2} * device.sm_count;
+  if (windows && config.cluster > 1) {
+    const int64_t tiles = CeilDiv(shape.hidden, int64_t{kMostTilePackets} * config.width) * shape.groups;
+    const int64_t resident = ResidentBlocks(device, config.cluster, 0);
+    if (rows + CeilDiv(tiles, config.cluster) > 2 * resident) return false;
+  }
   return rows * shape.hidden * SizeOf(x) <= kFewBytes && shape.rows <= 4 * config.block &&
          (config.cluster == 1 || rows * config.cluster <= places) &&
          shape.hidden <= places * kMostTilePackets * config.width;
@@ -453,7 +459,8 @@ LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x
   LaunchConfig few = config;
   if (!ring.aligned && few.scope != Scope::kLoop) ShareWindows(&few);
   few.block = few.scope == Scope::kCluster ? few.threads_per_row : std::max(few.threads_per_row, kFewThreads);
-  if (!rotary && config.scope != Scope::kLoop && margin == 0 && AreFew(device, shape, x, few)) {
+  if (!rotary && config.scope != Scope::kLoop && margin == 0 &&
+      AreFew(device, shape, x, few, !ring.aligned)) {
     config = few;
     config.method = Method::kFew;
     config.dependent = device.dependent_launch;

@@ -51,13 +51,13 @@ struct TurnsAlike {
   }
 
   __device__ __forceinline__ int64_t After(int64_t of) const {
-    return of + alike < end ? of + alike : begin + (of - begin) % alike + 1;
+    return of + alike < end ? of + alike : begin + ((of - begin) & (alike - 1)) + 1;
   }
 
   int64_t group, block;
   int64_t row;  // the first, counted through all groups
   int all, own;
-  int alike;           // every so many-th row lies alike
+  int alike;           // every so many-th row lies alike: a power of two
   int64_t begin, end;  // of the group's rows
 };
 

@@ -13,7 +13,7 @@ import numpy as np
 
 import jax_rmsnorm
 
-HIDDEN = (1, 3, 64, 100, 1000, 1024, 4100, 5121, 16_384, 20_001, 65_536, 600_000)
+HIDDEN = (1, 3, 64, 100, 1000, 1024, 4100, 5121, 16_384, 20_001, 65_536, 100_001, 600_000)
 
 calls = 0
 for dtype in (jnp.bfloat16, jnp.float32):
