@@ -235,7 +235,9 @@ def test_grid(case):
         # The forward interface has one group.
         groups = case.groups if direction == "backward" else 1
         if kernel(config) == "few":
-            assert 1 <= config["slots"] <= slots  # whatever the block has more of is for dgamma alone
+            assert (
+                1 <= config["slots"] <= slots
+            )  # whatever the block has more of is for dgamma alone
             slots = config["slots"]
         rows = -(-groups * case.rows // slots)
         if kernel(config) == "few":
@@ -276,7 +278,9 @@ def test_shared_memory(case):
         assert config["shared_memory"] <= config["most_shared_memory"] < case.shared_memory
         slots = config["block"] // config["threads_per_row"]
         if kernel(config) != "ring":
-            assert (config["shared_memory"] > 0) == (kernel(config) == "staged" or config["share"] > 1)
+            assert (config["shared_memory"] > 0) == (
+                kernel(config) == "staged" or config["share"] > 1
+            )
             continue
         sizes = SIZES[case.x] + (SIZES[case.dy] if direction == "backward" else 0)
         sizes += SIZES[case.x] if direction == "backward" and case.fusion == "add" else 0
