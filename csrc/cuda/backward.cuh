@@ -227,7 +227,7 @@ auto FindBackwardFew(const LaunchConfig& config) -> void (*)(BackwardParams) {
   }
 }
 
-// Few rows that are not: those that ShareWindows in config.cc hands out.
+// Few rows that are not: those that ShareWindows in layout.h hands out.
 template <typename T, typename D, int kSize>
 auto FindBackwardFewWindows(const LaunchConfig& config) -> void (*)(BackwardParams) {
   if (config.scope == Scope::kCluster) return BackwardFewKernel<T, D, kSize, 3, Scope::kCluster, false>;

@@ -189,7 +189,7 @@ auto FindForwardStaged(const LaunchConfig& config) -> void (*)(ForwardParams) {
   return config.aligned ? ForwardStagedKernel<T, G, true> : ForwardStagedKernel<T, G, false>;
 }
 
-// f(the number of windows of a lane, as a constant): those that WindowLanes in config.cc hands out.
+// f(the number of windows of a lane, as a constant): those that WindowLanes in layout.h hands out.
 template <typename F>
 auto WithLaneWindows(int windows, F&& f) -> void (*)(ForwardParams) {
   switch (windows) {
@@ -206,7 +206,7 @@ auto WithLaneWindows(int windows, F&& f) -> void (*)(ForwardParams) {
   }
 }
 
-// Those that ShareWindows in config.cc hands out.
+// Those that ShareWindows in layout.h hands out.
 template <typename T, typename G>
 auto FindForwardWindows(const LaunchConfig& config) -> void (*)(ForwardParams) {
   if (config.scope == Scope::kCluster) return ForwardWindowsKernel<T, G, kStripWindows, Scope::kCluster, 1>;

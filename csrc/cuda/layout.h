@@ -1,0 +1,185 @@
+// How rows are dealt out: what the launch configurations of the forward and the backward are made of.
+#pragma once
+
+#include <algorithm>
+#include <climits>
+#include <initializer_list>
+#include <numeric>
+
+#include "config.h"
+
+namespace jax_rmsnorm {
+
+constexpr int kWarp = 32;
+constexpr int64_t kFewBytes = 4 << 20;  // of x, where rows are few: one round of blocks, or hardly more
+
+constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int NextPowerOfTwo(int64_t n) {
+  int power = 1;
+  while (power < n) power *= 2;
+  return power;
+}
+
+constexpr int WholeWarps(int64_t threads) { return static_cast<int>(CeilDiv(threads, kWarp)) * kWarp; }
+
+inline int UsableSMs(const Device& device, int margin) {
+  return std::max(1, device.sm_count - std::max(0, margin));
+}
+
+// Blocks (or clusters) that run at the same time, a block an SM.
+inline int ResidentBlocks(const Device& device, int cluster, int margin) {
+  const int sms = UsableSMs(device, margin);
+  if (cluster == 1) return sms;
+  const int known = device.resident_clusters[cluster];
+  if (known > 0) return std::max(1, std::min(known, sms / cluster));
+  // Clusters live within a GPC of 16 or more SMs: counted in sixteens, every one of them finds a place.
+  return std::max(1, (sms >= 16 ? sms / 16 * 16 : sms) / cluster);
+}
+
+// Where a row is no longer than a warp's registers allow, part of a warp takes it.
+inline LaunchConfig Lanes(int64_t packets, int per_thread, int block) {
+  LaunchConfig config;
+  config.scope = Scope::kLanes;
+  config.packets = per_thread;
+  config.threads_per_row = NextPowerOfTwo(CeilDiv(packets, per_thread));
+  config.block = block;
+  return config;
+}
+
+// A row for one block.
+inline LaunchConfig Block(int64_t packets, int per_thread) {
+  LaunchConfig config;
+  config.scope = Scope::kBlock;
+  config.packets = per_thread;
+  config.block = config.threads_per_row = WholeWarps(CeilDiv(packets, per_thread));
+  return config;
+}
+
+// A row for a cluster of blocks.
+inline LaunchConfig Cluster(int64_t packets, int per_thread, int cluster) {
+  LaunchConfig config = Block(CeilDiv(packets, cluster), per_thread);
+  config.scope = Scope::kCluster;
+  config.cluster = cluster;
+  return config;
+}
+
+// Blocks that a row of `packets` needs at most `per_thread` packets a thread and `threads` a block: a power
+// of two.
+inline int ClusterFor(int64_t packets, int per_thread, int threads) {
+  return NextPowerOfTwo(CeilDiv(packets, int64_t{per_thread} * threads));
+}
+
+inline LaunchConfig Loop() {
+  LaunchConfig config;
+  config.scope = Scope::kLoop;
+  config.block = config.threads_per_row = kMaxThreads;
+  return config;
+}
+
+// Packets of a row of one shift or another: wherever it begins, it fits into them.
+inline int64_t Windows(int64_t hidden, int width) { return CeilDiv(hidden - 1, width) + 1; }
+
+// Windows of a row for part of a warp: as few as can be, by one of the numbers a lane for which there are
+// kernels. A sum takes as many lanes as windows have elements.
+inline LaunchConfig WindowLanes(int64_t windows, std::initializer_list<int> per_lane, int width, int block) {
+  LaunchConfig best;
+  int least = INT_MAX;
+  for (const int per_thread : per_lane) {
+    LaunchConfig config = Lanes(windows, per_thread, block);
+    config.threads_per_row = std::max(config.threads_per_row, width);
+    if (config.threads_per_row > kWarp || per_thread * config.threads_per_row > least) continue;
+    least = per_thread * config.threads_per_row;
+    best = config;
+  }
+  best.width = width;
+  return best;
+}
+
+// Few rows of windows: pairs of warps share what a warp has, but for strips of three with a tail.
+inline void ShareWindows(LaunchConfig* config) {
+  if (config->packets == 1 || (config->packets == 3 && config->scope != Scope::kLanes)) return;
+  config->share = 2;
+  config->packets = static_cast<int>(CeilDiv(config->packets, config->share));
+  config->threads_per_row *= config->share;
+  if (config->scope != Scope::kLanes) config->block *= config->share;
+}
+
+// Bytes of shared memory in which they exchange `rows` sums one after another.
+inline int64_t ExchangeBytes(const LaunchConfig& config, int rows) {
+  return config.share == 1 ? 0 : int64_t{rows} * config.block * config.width * 4;
+}
+
+// A slot that goes on by as many blocks, or a multiple of them, of `slots` each finds its rows of `hidden`
+// elements to lie alike in packets of `width`.
+inline int64_t BlocksAlike(int64_t hidden, int width, int64_t slots) {
+  const int64_t rows = width / std::gcd(hidden, int64_t{width});
+  return rows / std::gcd(rows, slots);
+}
+
+// Rows that are rotated, in packets of `width` elements. In halves, a thread has the packets that meet.
+inline LaunchConfig RotaryLayout(int64_t hidden, int64_t width, const Fused& fused, int block) {
+  const int64_t packets = hidden / width;
+  LaunchConfig config = Lanes(packets, 2, block);
+  if (!fused.interleaved) {
+    config.threads_per_row = static_cast<int>(fused.rotary_width / 2 / width);
+    config.packets = packets > 2 * config.threads_per_row ? 4 : 2;
+    if (config.packets == 2 && fused.heads % 2 == 0) config.rows = 2;
+  }
+  config.width = static_cast<int>(width);
+  return config;
+}
+
+// What both passes want of a ring.
+struct Ring {
+  int64_t packet_bytes;  // of all operands that are copied
+  int64_t access;        // bytes of a packet of the narrowest one
+  bool aligned;          // rows, to their packets
+  int width;             // elements a packet
+  int64_t room;
+  bool add = false;
+
+  // Shared memory for one row of each slot of a block of `config`.
+  int64_t PlaceBytes(const LaunchConfig& config) const {
+    // Where rows are not aligned, and have several warps, each of those needs the packet behind its own.
+    const int packets = config.block + (aligned || config.scope == Scope::kLanes ? 0 : config.block / kWarp);
+    return config.packets * packets * packet_bytes;
+  }
+
+  // The same for all rows of the ring.
+  int64_t Bytes(const LaunchConfig& config) const {
+    const int ahead = config.rows > 1    ? kRotaryAhead[config.rows]
+                      : config.ahead > 0 ? config.ahead
+                                         : RowsAhead(config.scope, config.packets * access / 16, add);
+    return (ahead + 2) * config.rows * PlaceBytes(config);
+  }
+
+  // A row for one block, if it has room.
+  bool PlaceBlock(int64_t packets, int per_thread, LaunchConfig* config) const {
+    if (packets > per_thread * kMaxThreads) return false;
+    *config = Block(packets, per_thread);
+    return Bytes(*config) <= room;
+  }
+
+  // A row for as few blocks of a cluster as have room for it.
+  LaunchConfig PlaceCluster(const Device& device, int64_t packets, int per_thread) const {
+    if (device.max_cluster == 1) return Loop();
+    for (int cluster = ClusterFor(packets, per_thread, kMaxThreads); cluster <= device.max_cluster;
+         cluster *= 2) {
+      const LaunchConfig config = Cluster(packets, per_thread, cluster);
+      if (Bytes(config) <= room) return config;
+    }
+    return Loop();
+  }
+
+  // As many rows a block as `threads` allow, and there is room for.
+  void Fill(LaunchConfig* config, int threads) const {
+    const int unit = std::max(config->threads_per_row, kWarp);
+    if (config->scope != Scope::kCluster) config->block = std::max(1, threads / unit) * unit;
+    while (config->block > unit && Bytes(*config) > room) config->block -= unit;
+    config->method = Method::kRing;
+    config->shared_memory = Bytes(*config);
+  }
+};
+
+}  // namespace jax_rmsnorm
