@@ -59,7 +59,8 @@ def rms_norm(
         copies: return y that many times in a tuple, one for each place that reads it. They are one array; what differs
             is the backward, which reads the gradient of each and adds them up in float32, where JAX would add them up
             in a pass of its own and round to y's dtype. A kernel reads up to four; of more, or of rows that the CUDA
-            kernels do not fuse for, the sum is made in front of it, unrounded too.
+            kernels do not fuse for, the sum is made in front of it, unrounded too. In a program for several devices
+            they are added up as JAX would, so that sums over devices that they may hold are made at once.
         normalized_shape: the trailing axes' lengths. By default gamma's shape; without gamma, x's last axis.
         eps: added to the mean of squares, in the units of x²; 0 or more.
         zero_centered_gamma: gamma holds γ - 1.

@@ -81,6 +81,14 @@ def is_on_one_device(ctx: Any) -> bool:
     return True
 
 
+def is_for_one_device(ctx: Any) -> bool:
+    """Whether a lowering is for a program that runs on one device alone."""
+    context = ctx.module_context.axis_context
+    if isinstance(context, SPMDAxisContext):
+        return context.mesh.size == 1
+    return is_on_one_device(ctx)
+
+
 def why_not_partitioned(ctx: Any) -> str | None:
     """Why XLA cannot ask back how to split the operation, or None where it can."""
     context = ctx.module_context.axis_context

@@ -13,6 +13,7 @@ import pytest
 from batching import batched, combinations, loop
 from checks import draw, needs_8_devices
 from compare import assert_near, assert_same_bits, in_float64
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jax_rmsnorm
@@ -176,6 +177,44 @@ def test_shard_map(check_vma, jit, residual):
     assert_near(wrap(jax.grad(total, argnums(residual)))(*arrays), expected)
     if check_vma:
         assert_near(wrap(shard_map(slopes, out_specs=slope_specs))(*arrays), expected)
+
+
+@needs_8_devices
+@RESIDUAL
+@pytest.mark.parametrize("copies", [3, 6])
+@pytest.mark.parametrize("in_shard_map", [False, True])
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_several_devices(axis_type, in_shard_map, copies, residual):
+    """Each gradient may be a sum over devices: they are added up in front of the kernel, as without copies."""
+    mesh = jax.make_mesh((8,), ("a",), (axis_type,))
+    x, res, dy = (draw(seed, (16, 2, HIDDEN), BF16) for seed in range(3))
+    primals = (*(x, res)[: 1 + residual], draw(3, (HIDDEN,), F32))
+    specs = (*[P("a")] * (1 + residual), P())
+
+    def pull_back(*primals, dy, copies):
+        _, vjp = jax.vjp(lambda *p: norm(*p, copies=copies or 1)[: copies or 1], *primals)
+        (dx, *_) = vjp((dy,) * (copies or 1))
+        return dx
+
+    def on_mesh(*arrays):
+        f = functools.partial(pull_back, copies=copies)
+        run = lambda *arrays: f(*arrays[:-1], dy=arrays[-1])  # noqa: E731
+        if in_shard_map:
+            run = jax.shard_map(run, mesh=mesh, in_specs=(*specs, P("a")), out_specs=P("a"))
+        return run(*arrays)
+
+    with jax.set_mesh(mesh):
+        arrays = [
+            jax.device_put(a, P(*s)) for a, s in zip((*primals, dy), (*specs, P("a")), strict=True)
+        ]
+        compiled = jax.jit(on_mesh).lower(*arrays).compile()
+    (reads,) = re.findall(
+        r'custom-call\((.*?)\), custom_call_target="jax_rmsnorm_backward"', compiled.as_text()
+    )
+    assert reads.count("%") == 4  # x, rrms, dy, gamma
+    rounded = functools.reduce(lambda a, b: a + b, [dy] * copies)
+    expected = jax.jit(functools.partial(pull_back, copies=None))(*primals, dy=rounded)
+    assert_same_bits([compiled(*arrays)], [expected])
 
 
 @RESIDUAL

@@ -28,7 +28,7 @@ from .common import (
     present,
     read_by_kernel,
 )
-from .gradients import add_up, add_up_many, gradients_attributes, split_gradients
+from .gradients import AddUp, add_up_unrounded, gradients_attributes, split_gradients
 from .lowering import backward_attributes, register, rows_are_aligned
 
 add_backward_p = Primitive("rms_norm_add_backward")
@@ -44,7 +44,6 @@ def add_backward(
     options: Options,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns dx in h's dtype, and dgamma in gamma's dtype (None without gamma). All dys are of one dtype."""
-    dys = add_up_many(dys)
     operands = h, rrms, dh, *read_by_kernel(h, *dys, gamma)
     results = add_backward_p.bind(*operands, options=options, gradients=len(dys))
     return backward_results(results, gamma)
@@ -87,6 +86,19 @@ def _fuses(h: Any, rrms: Any, dh: Any, dy: Any, *_: Any, options: Options, gradi
     return rows_are_aligned(h.shape[-1], h.dtype, dy.dtype)
 
 
+def _with_one_gradient(
+    add_up: AddUp,
+    h: jax.Array,
+    rrms: jax.Array,
+    dh: jax.Array,
+    *rest: jax.Array,
+    options: Options,
+    gradients: int,
+) -> list[jax.Array]:
+    dys, gamma = split_gradients(rest, gradients)
+    return present(*add_backward(h, gamma, rrms, [add_up(dys)], dh, options))
+
+
 def _unfused(
     h: jax.Array,
     rrms: jax.Array,
@@ -96,7 +108,7 @@ def _unfused(
     gradients: int,
 ) -> list[jax.Array]:
     dys, gamma = split_gradients(rest, gradients)
-    dys = [add_up(dys)]
+    dys = [add_up_unrounded(dys)]
     # In float32 on its way to the sum, so that dx is rounded once.
     wide = dataclasses.replace(options, rounding="once")
     dx, dgamma = backward(h.astype(jnp.float32), gamma, rrms, dys, wide)
@@ -117,4 +129,5 @@ register(
     scratch=_scratch,
     fuses=_fuses,
     unfused=_unfused,
+    with_one_gradient=_with_one_gradient,
 )

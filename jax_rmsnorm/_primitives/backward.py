@@ -24,7 +24,7 @@ from .common import (
     present,
     read_by_kernel,
 )
-from .gradients import add_up, add_up_many, gradients_attributes, split_gradients
+from .gradients import AddUp, add_up_unrounded, gradients_attributes, split_gradients
 from .lowering import backward_attributes, register, rows_are_aligned
 
 backward_p = Primitive("rms_norm_backward")
@@ -39,7 +39,6 @@ def backward(
     options: Options,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns dx in x's dtype, and dgamma in gamma's dtype (None without gamma). All dys are of one dtype."""
-    dys = add_up_many(dys)
     operands = x, rrms, *read_by_kernel(x, *dys, gamma)
     results = backward_p.bind(*operands, options=options, gradients=len(dys))
     return backward_results(results, gamma)
@@ -78,11 +77,19 @@ def _fuses(x: Any, rrms: Any, dy: Any, *_: Any, options: Options, gradients: int
     return gradients == 1 or rows_are_aligned(x.shape[-1], x.dtype, dy.dtype)
 
 
-def _unfused(
-    x: jax.Array, rrms: jax.Array, *rest: jax.Array, options: Options, gradients: int
+def _with_one_gradient(
+    add_up: AddUp,
+    x: jax.Array,
+    rrms: jax.Array,
+    *rest: jax.Array,
+    options: Options,
+    gradients: int,
 ) -> list[jax.Array]:
     dys, gamma = split_gradients(rest, gradients)
     return present(*backward(x, gamma, rrms, [add_up(dys)], options))
+
+
+_unfused = functools.partial(_with_one_gradient, add_up_unrounded)
 
 
 register(
@@ -96,4 +103,5 @@ register(
     scratch=_scratch,
     fuses=_fuses,
     unfused=_unfused,
+    with_one_gradient=_with_one_gradient,
 )

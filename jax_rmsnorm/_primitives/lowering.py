@@ -14,8 +14,16 @@ from jax.extend.core import Primitive
 from .. import _ffi
 from .._compat import apply_primitive, batching, is_static_dim, mlir, requires_devices, serializable
 from .._options import Options
-from .._partitioning import Axes, Rule, is_on_one_device, partitioned, why_not_partitioned
+from .._partitioning import (
+    Axes,
+    Rule,
+    is_for_one_device,
+    is_on_one_device,
+    partitioned,
+    why_not_partitioned,
+)
 from .common import sum_dgamma
+from .gradients import how_to_add_up
 
 # XLA checks the types of attributes strictly, hence the NumPy scalars.
 
@@ -49,6 +57,7 @@ def register(
     scratch: Callable[..., Sequence[Any]] | None = None,
     fuses: Callable[..., bool] | None = None,
     unfused: Callable[..., Sequence[jax.Array]] | None = None,
+    with_one_gradient: Callable[..., Sequence[jax.Array]] | None = None,
 ) -> None:
     """Registers all rules of a primitive.
 
@@ -67,6 +76,8 @@ def register(
         scratch: of a backward, from the same to the types of the custom call's further results; None for a forward.
         fuses: from the same, whether the CUDA kernel takes such operands; None if it takes all.
         unfused: in place of the CUDA kernel where it does not: as ``reference``, but with simpler kernels in it.
+        with_one_gradient: of a backward that takes several gradients of y: from the function that adds them up and the
+            operands to the results of the same primitive with their sum.
     """
     call = _kernel_call(
         primitive.name, abstract_eval, reference, target, target_attributes, scratch, fuses, unfused
@@ -76,6 +87,13 @@ def register(
     batching.primitive_batchers[primitive] = batch
 
     def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
+        if with_one_gradient is not None:
+            on_one_device = is_for_one_device(ctx)
+            add_up = how_to_add_up(params["gradients"], on_one_device=on_one_device)
+            if add_up is not None:
+                run = functools.partial(with_one_gradient, add_up, **params)
+                return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
+
         local = functools.partial(call, **params)
         plain = functools.partial(reference, **params)
 

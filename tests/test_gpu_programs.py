@@ -1,0 +1,123 @@
+"""Programs for GPUs, compiled without any: what several of them communicate, and what becomes of a norm's neighbours."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from compiled import collectives, kernels
+from gpu_topology import compile_for, make_mesh, needs_gpu_compiler, shape_of
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from sharded import add_gradients, norm_gradients, rope_gradients
+
+from jax_rmsnorm import rms_norm
+
+__all__ = ["needs_gpu_compiler"]  # a fixture, which every test here has
+BF16, F32 = jnp.bfloat16, jnp.float32
+AXIS_TYPES = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+SHAPE = (8, 96, 1024)
+# (spec of x, spec of gamma, collectives of a forward and a backward on 2 x 2 GPUs, shape of a GPU's shard)
+LAYOUTS = pytest.mark.parametrize(
+    ("spec", "gamma_spec", "communication", "shard"),
+    [
+        (["data"], [], {"all-reduce f32[1024]": 1}, "4,96,1024"),
+        ([None, ("data", "model")], [], {"all-reduce f32[1024]": 1}, "8,24,1024"),
+        (["data", "model"], [], {"all-reduce f32[1024]": 1}, "4,48,1024"),
+        ([], [], {}, "8,96,1024"),
+        ([None, None, "model"], ["model"], {"all-reduce f32[8,96]": 2}, None),
+        (["data", None, "model"], ["model"], {"all-reduce f32[4,96]": 2, "all-reduce f32[512]": 1}, None),
+    ],
+    ids=str,
+)  # fmt: skip
+
+
+def mesh_of_four(axis_type: AxisType) -> jax.sharding.Mesh:
+    return make_mesh(axis_type, data=2, model=2)
+
+
+@AXIS_TYPES
+@LAYOUTS
+def test_rms_norm(spec, gamma_spec, communication, shard, axis_type):
+    mesh = mesh_of_four(axis_type)
+    x, gamma = shape_of(mesh, SHAPE, BF16, *spec), shape_of(mesh, SHAPE[-1:], F32, *gamma_spec)
+    compiled = compile_for(mesh, norm_gradients, x, gamma, x)
+    assert collectives(compiled) == communication
+    names = () if shard is None else ("forward", "backward")
+    assert kernels(compiled) == {f"{name} bf16[{shard}]": 1 for name in names}
+
+
+@AXIS_TYPES
+@LAYOUTS
+def test_add_rms_norm(spec, gamma_spec, communication, shard, axis_type):
+    mesh = mesh_of_four(axis_type)
+    x, gamma = shape_of(mesh, SHAPE, BF16, *spec), shape_of(mesh, SHAPE[-1:], F32, *gamma_spec)
+    compiled = compile_for(mesh, add_gradients, x, x, gamma, x, x)
+    assert collectives(compiled) == communication
+    names = () if shard is None else ("add_forward", "add_backward")
+    assert kernels(compiled) == {f"{name} bf16[{shard}]": 1 for name in names}
+
+
+@AXIS_TYPES
+@pytest.mark.parametrize(
+    ("spec", "shard"),
+    [
+        (["data", None, "model"], "4,64,8,128"),
+        ([None, "data", "model"], "8,32,8,128"),
+        (["data", "model"], "4,32,16,128"),
+    ],
+    ids=str,
+)
+def test_rms_norm_rope(spec, shard, axis_type):
+    mesh = mesh_of_four(axis_type)
+    q = shape_of(mesh, (8, 64, 16, 128), BF16, *spec)
+    gamma, table = shape_of(mesh, (128,), F32), shape_of(mesh, (64, 64), F32)
+    compiled = compile_for(mesh, rope_gradients, q, gamma, table, table, q)
+    assert collectives(compiled) == {"all-reduce f32[128]": 1}
+    assert kernels(compiled) == {f"rope_{way} bf16[{shard}]": 1 for way in ("forward", "backward")}
+
+
+def readers_loss(x: jax.Array, gamma: jax.Array, *matrices: jax.Array, copies: int | None) -> Any:
+    """Of products with matrices, each of which reads the norm."""
+    y = rms_norm(x, gamma, copies=copies)
+    ys = (y,) * len(matrices) if copies is None else y
+    products = (jnp.sin(y @ matrix) for y, matrix in zip(ys, matrices, strict=True))
+    return sum(jnp.sum(jnp.square(product), dtype=F32) for product in products)
+
+
+@AXIS_TYPES
+@pytest.mark.parametrize("in_shard_map", [False, True])
+@pytest.mark.parametrize("copies", [None, 3, 6])
+def test_sums_over_gpus_are_added_up_first(copies, in_shard_map, axis_type):
+    """Each reader has a share of its matrix's columns on each GPU: one all-reduce for all of their gradients."""
+    mesh = mesh_of_four(axis_type)
+    x, gamma = shape_of(mesh, (8, 96, 1024), BF16, "data"), shape_of(mesh, (1024,), F32)
+    matrices = [shape_of(mesh, (1024, 256), BF16, None, "model")] * (copies or 3)
+    loss = functools.partial(readers_loss, copies=copies)
+    if in_shard_map:
+        loss = jax.shard_map(
+            lambda *operands: jax.lax.psum(readers_loss(*operands, copies=copies), ("data", "model")),
+            mesh=mesh,
+            in_specs=(P("data"), P(), *[P(None, "model")] * len(matrices)),
+            out_specs=P(),
+        )  # fmt: skip
+    compiled = compile_for(mesh, jax.grad(loss, (0, 1)), x, gamma, *matrices)
+    assert collectives(compiled) == {"all-reduce bf16[4,96,1024]": 1, "all-reduce f32[1024]": 1}
+
+
+def test_copies_on_one_gpu():
+    """The kernel reads the gradient of each, and no pass in front of it adds them up."""
+    mesh = make_mesh(AxisType.Auto, data=1)
+    x, gamma = shape_of(mesh, (768, 1024), BF16), shape_of(mesh, (1024,), F32)
+    matrices = [shape_of(mesh, (1024, 256), BF16)] * 3
+    slopes = jax.grad(functools.partial(readers_loss, copies=3), (0, 1))
+    text = compile_for(mesh, slopes, x, gamma, *matrices).as_text()
+    (operands,) = [
+        line.partition("custom-call(")[2].partition(")")[0]
+        for line in text.splitlines()
+        if 'custom_call_target="jax_rmsnorm_backward"' in line
+    ]
+    assert operands.count("%") == 6  # x, rrms, three dy, gamma
