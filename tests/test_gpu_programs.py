@@ -1,4 +1,4 @@
-"""Programs for GPUs, compiled without any: what several of them communicate, and what becomes of a norm's neighbours."""
+"""Programs for GPUs, compiled without any: what several of them communicate, what becomes of a norm's neighbours."""
 
 from __future__ import annotations
 

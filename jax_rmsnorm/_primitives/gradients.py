@@ -1,4 +1,4 @@
-"""The gradients of y, one for each copy that was used: how the backwards take several, and where they are added up first.
+"""The gradients of y, one for each copy that was used: how a backward takes several, and where they are added up first.
 
 On one device a kernel reads up to `MOST_GRADIENTS` and adds them up in float32, as it reads. Where it cannot, all of
 them are added up in plain JAX first, and the kernel reads the one sum, in float32: more bytes than a sum rounded to y's
