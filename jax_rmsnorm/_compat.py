@@ -5,11 +5,13 @@ Supported: jax 0.10.2 and later. Nothing here is needed for the mathematics, onl
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import hashlib
 from typing import Any
 
 import jax
+
+# What custom_partitioning is called back with, by the name that the program has for it.
+from jax._src.custom_partitioning import _sharding_callbacks
 
 # Runs a primitive outside `jax.jit` by compiling it, also under `jax.disable_jit`; nothing public does.
 from jax._src.dispatch import apply_primitive as apply_primitive
@@ -23,6 +25,9 @@ from jax._src.sharding_impls import SPMDAxisContext as SPMDAxisContext
 
 # From XLA's shardings to names of mesh axes.
 from jax._src.sharding_impls import parse_flatten_op_sharding
+
+# Makes attributes of a program's operations.
+from jax.extend.mlir import ir
 
 # Rules of custom primitives. `jax.interpreters` exports these modules for such use, without type stubs' promises.
 from jax.interpreters import batching as batching
@@ -100,17 +105,47 @@ class _Unpickled:
         return _Unpickled, ()
 
 
-@contextlib.contextmanager
-def serializable(ctx: Any) -> Iterator[None]:
-    """Where custom_partitioning is lowered, lets the compiled program be serialized all the same.
+def lower_partitioned(ctx: Any, run: Any, operands: Any, contents: str) -> Any:
+    """Lowers ``run``, a call of custom_partitioning, to a program that caches know again and that can be serialized.
 
-    What the partitioner calls back is kept with the executable, for no use after the compilation, and cannot be
-    pickled.
+    Args:
+        ctx: of the lowering.
+        run: with the operands as its arguments.
+        operands: in the program.
+        contents: all that decides how the operation is partitioned, beside the shardings that XLA finds.
     """
     kept = ctx.module_context.keepalives
     before = len(kept)
-    yield
-    kept[before:] = map(_Unpickled, kept[before:])
+    results = mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
+    called_back = (_name_by_contents(results[0].owner, info, contents) for info in kept[before:])
+    # What the partitioner calls back is kept with the executable, for no use after the compilation, and cannot be
+    # pickled.
+    kept[before:] = map(_Unpickled, called_back)
+    return results
+
+
+def _name_by_contents(call: Any, info: Any, contents: str) -> Any:
+    """Renames what a call of custom_partitioning is called back with; returns what is to be kept alive.
+
+    JAX names it by its address in memory: a name of its own for each process, with which the persistent compilation
+    cache never finds a program again. Without the name in its keys (jax_remove_custom_partitioning_ptr_from_cache_key)
+    it takes programs for the same that differ in what is called back alone, hence the attribute beside it.
+    """
+    address = str(id(info))
+    if _sharding_callbacks.get(address.encode()) is not info or _to_name(call) != address:
+        return info
+    name = f"jax_rmsnorm {hashlib.sha256(contents.encode()).hexdigest()}"
+    call.attributes["backend_config"] = ir.StringAttr.get(name)
+    call.attributes["mhlo.frontend_attributes"] = ir.DictAttr.get(
+        {"partitioned": ir.StringAttr.get(name)}
+    )
+    # One for all programs that call it so. Each keeps it alive, whichever is dropped first.
+    return _sharding_callbacks.setdefault(name.encode(), info)
+
+
+def _to_name(call: Any) -> str | None:
+    attributes = call.attributes
+    return attributes["backend_config"].value if "backend_config" in attributes else None
 
 
 def is_shardy_used() -> bool:

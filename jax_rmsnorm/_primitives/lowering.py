@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +14,14 @@ import numpy as np
 from jax.extend.core import Primitive
 
 from .. import _ffi
-from .._compat import apply_primitive, batching, is_static_dim, mlir, requires_devices, serializable
+from .._compat import (
+    apply_primitive,
+    batching,
+    is_static_dim,
+    lower_partitioned,
+    mlir,
+    requires_devices,
+)
 from .._options import Options
 from .._partitioning import (
     Axes,
@@ -110,6 +119,7 @@ def register(
             run = local
         elif (why := why_not_partitioned(ctx)) is None:
             run = partitioned(rule(*ctx.avals_in, **params), local, shard)
+            return lower_partitioned(ctx, run, operands, _contents(primitive, ctx, params))
         else:
             if params["options"].require_kernel:
                 raise NotImplementedError(
@@ -117,11 +127,34 @@ def register(
                     "plain JAX there, or call it inside jax.shard_map over all axes of the mesh."
                 )
             run = plain
-        with serializable(ctx):
-            return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
+        return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
 
     mlir.register_lowering(primitive, lower)
     requires_devices(primitive)
+
+
+@functools.cache
+def _code() -> str:
+    """Of the sources that partition the operations."""
+    package = pathlib.Path(__file__).parents[1]
+    sources = sorted([*package.glob("*.py"), *package.glob("_primitives/*.py")])
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+
+
+def _contents(primitive: Any, ctx: Any, params: dict[str, Any]) -> str:
+    """What decides how an operation is partitioned: no two that differ may have the same."""
+    context = ctx.module_context
+    types = (*ctx.avals_in, "->", *ctx.avals_out)
+    return "\n".join(
+        [
+            f"{primitive.name} of jax_rmsnorm {_code()}",
+            " ".join(map(str, types)),
+            repr(sorted(params.items())),
+            f"{context.axis_context.abstract_mesh}, platforms {context.platforms}",
+            f"kernels: {[(native.platform, native.reason) for native in (_ffi.CPU, _ffi.CUDA)]}",
+            f"on GPUs here: {_ffi.why_not_on_local_gpus()}",
+        ]
+    )
 
 
 def _kernel_call(
