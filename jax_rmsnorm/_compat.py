@@ -39,21 +39,6 @@ def manual_axes(x: jax.Array) -> frozenset[str]:
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
-def align_manual_axes(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
-    """Marks every array as varying over each axis that any of them varies over.
-
-    `jax.shard_map` refuses a custom_vjp whose operands vary over different axes: the cotangent of a replicated
-    gamma would vary where gamma does not. The cast made here is differentiated by JAX, into the sum over those axes.
-    """
-    axes = frozenset[str]().union(*(manual_axes(a) for a in arrays if a is not None))
-
-    def align(array: jax.Array | None) -> jax.Array | None:
-        missing = () if array is None else tuple(sorted(axes - manual_axes(array)))
-        return jax.lax.pcast(array, missing, to="varying") if missing else array
-
-    return tuple(map(align, arrays))
-
-
 def result_type(like: Any, shape: tuple[Any, ...], dtype: Any, spec: tuple[Any, ...]) -> Any:
     """An abstract value with the mesh and the varying axes of ``like``, and its own shape, dtype and partition spec.
 

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from . import _arguments, _autodiff, _reference
+from . import _arguments, _autodiff, _reference, _types
 from ._arguments import Settings
-from ._compat import align_manual_axes
 from ._options import Implementation, Rounding, SMMargin
 
 
@@ -94,11 +93,11 @@ def rms_norm(
         implementation=implementation,
     )
     number = _arguments.check_copies(copies)
+    rows, weight = _types.align(call.x, call.gamma)
     if call.use_kernel:
-        operands = align_manual_axes(call.x, call.gamma)
-        ys = _autodiff.rms_norm(call.options, number or 1, *operands)
+        ys = _autodiff.rms_norm(call.options, number or 1, rows, weight)
     else:
-        *ys, _ = _reference.forward(call.x, call.gamma, call.options, number or 1)
+        *ys, _ = _reference.forward(rows, weight, call.options, number or 1)
     return _results(ys, jnp.shape(x), number)
 
 
@@ -181,11 +180,13 @@ def add_rms_norm(
         implementation=implementation,
     )
     number = _arguments.check_copies(copies)
+    stream, addend, weight = _types.align_sum(residual, call.x, call.gamma)
     if call.use_kernel:
-        operands = align_manual_axes(residual, call.x, call.gamma)
-        ys, h = _autodiff.add_rms_norm(call.options, number or 1, call.x.dtype, *operands)
+        ys, h = _autodiff.add_rms_norm(
+            call.options, number or 1, addend.dtype, stream, addend, weight
+        )
     else:
-        *ys, h, _ = _reference.add_forward(residual, call.x, call.gamma, call.options, number or 1)
+        *ys, h, _ = _reference.add_forward(stream, addend, weight, call.options, number or 1)
     return _results(ys, jnp.shape(x), number), h.reshape(jnp.shape(x))
 
 
@@ -244,8 +245,8 @@ def rms_norm_rope(
         sm_margin=sm_margin,
         implementation=implementation,
     )
+    heads, weight, *tables = _types.align(call.x, call.gamma, cos, sin)
     if call.use_kernel:
-        operands = align_manual_axes(call.x, call.gamma, cos, sin)
-        return _autodiff.rms_norm_rope(call.options, *operands)
-    y, _ = _reference.rope_forward(call.x, call.gamma, cos, sin, call.options)
+        return _autodiff.rms_norm_rope(call.options, heads, weight, *tables)
+    y, _ = _reference.rope_forward(heads, weight, tables[0], tables[1], call.options)
     return y

@@ -4,8 +4,8 @@ Rows are independent, so that a forward needs no communication, and a backward o
 that rows are sharded over. Where the normalized axis is sharded, each device has a part of every row, and the parts'
 means of squares are averaged: one all-reduce of a number a row, in the forward and in the backward.
 
-Inside `jax.shard_map` over all axes of the mesh, and on one device, there is nothing to split. Where there is, but not
-the means to do it, XLA splits plain JAX: `why_not_partitioned` says when.
+Inside `jax.shard_map` over all axes of the mesh that have several devices, and on one device, there is nothing to
+split. Where there is, but not the means to do it, XLA splits plain JAX: `why_not_partitioned` says when.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def is_on_one_device(ctx: Any) -> bool:
     if isinstance(context, ShardingContext):
         return context.num_devices == 1
     if isinstance(context, SPMDAxisContext):
-        return set(context.manual_axes) == set(context.mesh.axis_names)
+        left = set(context.mesh.axis_names) - set(context.manual_axes)
+        return all(context.mesh.shape[axis] == 1 for axis in left)
     return True
 
 

@@ -300,6 +300,25 @@ def test_shard_map_over_some_axes():
     oracle.assert_close(dx, want.dx, terms=want.dx_terms, what="dx")
 
 
+@AXIS_TYPES
+@pytest.mark.parametrize("sizes", [(8, 1), (1, 1)], ids=str)
+def test_shard_map_over_all_axes_of_several_devices(sizes, axis_type):
+    """Those of one device may be left to XLA: there is nothing to split."""
+    mesh = jax.make_mesh(
+        sizes, ("data", "model"), (axis_type,) * 2, devices=jax.devices()[: sizes[0]]
+    )
+    specs = P("data"), P(), P("data")
+    gradients = jax.shard_map(
+        lambda *a: norm_gradients(*a)[:2], mesh=mesh, in_specs=specs, out_specs=P("data"), axis_names={"data"}
+    )  # fmt: skip
+    operands = put(mesh, X, "data"), put(mesh, GAMMA), put(mesh, DY, "data")
+    compiled = compile_on(mesh, gradients, *operands)
+    assert not collectives(compiled)
+    names = "forward", "backward"
+    assert kernels(compiled) == {f"{name} bf16[{8 // sizes[0]},16,64]": 1 for name in names}
+    assert_same_bits(compiled(*operands), jax.jit(norm_gradients)(X, GAMMA, DY)[:2])
+
+
 def test_kernel_is_refused_where_there_is_none():
     mesh = make_mesh()
     norm = functools.partial(rms_norm, implementation="kernel")

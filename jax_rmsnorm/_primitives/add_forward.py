@@ -19,7 +19,6 @@ from .._partitioning import Rule
 from .common import (
     batch_gamma,
     batch_in_front,
-    batch_size,
     forward_dims,
     forward_types,
     read_by_kernel,
@@ -84,10 +83,9 @@ def _unfused(
     return [y, h, *rrms]
 
 
-def _batch(operands: Any, axes: Any, *, options: Options, save_rrms: bool) -> Any:
-    size = batch_size(operands, axes)
-    summands = batch_in_front(operands[:2], axes[:2], size)
-    gamma = batch_gamma(operands[2:], axes[2:], size)
+def _batch(batch: Any, operands: Any, axes: Any, *, options: Options, save_rrms: bool) -> Any:
+    summands = batch_in_front(batch, operands[:2], axes[:2])
+    gamma = batch_gamma(batch, operands[2:], axes[2:])
     results = add_forward_p.bind(*summands, *gamma, options=options, save_rrms=save_rrms)
     return results, [0] * len(results)
 

@@ -140,30 +140,31 @@ def _scratch_shape(x_shape: tuple[Any, ...], gamma_shape: tuple[Any, ...]) -> tu
     return (*groups, bound, hidden)
 
 
-def batch_size(operands: Sequence[Any], axes: Sequence[int | None]) -> int:
-    """The length of the batch axis that `jax.vmap` gave to at least one operand."""
-    return next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
+def batch_in_front(batch: Any, operands: Sequence[Any], axes: Sequence[int | None]) -> list[Any]:
+    """The operands with the batch axis, of which JAX says more in ``batch``, as their first one.
+
+    Those without it are repeated, and sharded along it as the others are.
+    """
+    return [
+        batching.bdim_at_front(x, axis, batch.size, batch.explicit_mesh_axis)
+        for x, axis in zip(operands, axes, strict=True)
+    ]
 
 
-def batch_in_front(operands: Sequence[Any], axes: Sequence[int | None], size: int) -> list[Any]:
-    """The operands with the batch axis as their first one; those without it are repeated."""
-    return [batching.bdim_at_front(x, axis, size) for x, axis in zip(operands, axes, strict=True)]
-
-
-def batch_as_groups(primitive: Any, operands: Any, axes: Any, **params: Any) -> Any:
+def batch_as_groups(primitive: Any, batch: Any, operands: Any, axes: Any, **params: Any) -> Any:
     """The batching rule of a backward: each example has a dgamma of its own, and so a gamma of its own.
 
     The batch becomes an axis of groups.
     """
-    batched = batch_in_front(operands, axes, batch_size(operands, axes))
+    batched = batch_in_front(batch, operands, axes)
     results = primitive.bind(*batched, **params)
     return results, [0] * len(results)
 
 
-def batch_gamma(gamma: Sequence[Any], axes: Sequence[int | None], size: int) -> list[Any]:
+def batch_gamma(batch: Any, gamma: Sequence[Any], axes: Sequence[int | None]) -> list[Any]:
     """As `batch_in_front`, for a gamma (or none) that only a forward takes.
 
     Without groups of its own, an unbatched gamma serves the whole batch: rows are rows.
     """
     shared = all(axis is None and g.ndim == 1 for g, axis in zip(gamma, axes, strict=True))
-    return list(gamma) if shared else batch_in_front(gamma, axes, size)
+    return list(gamma) if shared else batch_in_front(batch, gamma, axes)

@@ -17,7 +17,6 @@ from .._partitioning import Rule
 from .common import (
     batch_gamma,
     batch_in_front,
-    batch_size,
     forward_dims,
     forward_types,
     read_by_kernel,
@@ -67,10 +66,9 @@ def _target_attributes(*_: Any, options: Options, save_rrms: bool) -> dict[str, 
     return forward_attributes(options, save_rrms=save_rrms)
 
 
-def _batch(operands: Any, axes: Any, *, options: Options, save_rrms: bool) -> Any:
-    size = batch_size(operands, axes)
-    x = batch_in_front(operands[:1], axes[:1], size)
-    gamma = batch_gamma(operands[1:], axes[1:], size)
+def _batch(batch: Any, operands: Any, axes: Any, *, options: Options, save_rrms: bool) -> Any:
+    x = batch_in_front(batch, operands[:1], axes[:1])
+    gamma = batch_gamma(batch, operands[1:], axes[1:])
     results = forward_p.bind(*x, *gamma, options=options, save_rrms=save_rrms)
     return results, [0] * len(results)
 

@@ -76,7 +76,7 @@ def register(
     Args:
         primitive: takes a parameter ``options``.
         abstract_eval: from the operands' types to the results'.
-        batch: JAX's batching rule.
+        batch: JAX's batching rule, which is told of the batch axis first.
         reference: same operands, parameters and results as the primitive; unless the rule keeps rows whole, it takes
             ``shards`` too, the mesh axes that the last axis is sharded over.
         rule: from the operands and parameters to the `Rule` by which the operation is split.
@@ -93,7 +93,7 @@ def register(
     )
     primitive.def_abstract_eval(abstract_eval)
     primitive.def_impl(functools.partial(apply_primitive, primitive))
-    batching.primitive_batchers[primitive] = batch
+    batching.fancy_primitive_batchers[primitive] = batch
 
     def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
         if with_one_gradient is not None:

@@ -20,7 +20,6 @@ from .common import (
     backward_scratch,
     backward_types,
     batch_in_front,
-    batch_size,
     forward_dims,
     present,
     read_by_kernel,
@@ -105,12 +104,11 @@ def _unfused(
     return present(*backward(x, gamma[0] if gamma else None, rrms, [dy], options))
 
 
-def _batch(operands: Any, axes: Any, *, options: Options) -> Any:
+def _batch(batch: Any, operands: Any, axes: Any, *, options: Options) -> Any:
     # Each example has a dgamma of its own, hence a gamma of its own: the batch becomes an axis of groups.
-    size = batch_size(operands, axes)
-    x, rrms, dy = batch_in_front(operands[:3], axes[:3], size)
-    tables = batch_tables(operands[3:5], axes[3:5], x)
-    gamma = batch_in_front(operands[5:], axes[5:], size)
+    x, rrms, dy = batch_in_front(batch, operands[:3], axes[:3])
+    tables = batch_tables(batch, operands[3:5], axes[3:5], x)
+    gamma = batch_in_front(batch, operands[5:], axes[5:])
     results = rope_backward_p.bind(x, rrms, dy, *tables, *gamma, options=options)
     return results, [0] * len(results)
 

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import _ffi
-from .._compat import batching, is_static_dim
+from .._compat import is_static_dim
 from .._options import Options
 from .._partitioning import Dims
+from .common import batch_in_front
 
 _MOST_ROWS = 2**31  # rows, heads counted, that the CUDA kernels do not count to
 
@@ -50,7 +51,7 @@ def fuses_rope(x: Any, cos: Any, dy: Any | None, options: Options) -> bool:
 
 
 def batch_tables(
-    tables: Sequence[jax.Array], axes: Sequence[int | None], x: jax.Array
+    batch: Any, tables: Sequence[jax.Array], axes: Sequence[int | None], x: jax.Array
 ) -> list[jax.Array]:
     """cos and sin for ``x`` [batch, *rows, N, D], which has its batch axis in front.
 
@@ -58,12 +59,11 @@ def batch_tables(
     """
     if all(axis is None for axis in axes):
         return list(tables)
-    batch, *rows = x.shape[:-2]
+    positions = x.shape[:-2]
 
-    def expand(table: jax.Array, axis: int | None) -> jax.Array:
-        table = batching.bdim_at_front(table, axis, batch)
-        missing = len(rows) + 2 - table.ndim
+    def expand(table: jax.Array) -> jax.Array:
+        missing = len(positions) + 1 - table.ndim
         table = jnp.expand_dims(table, range(1, 1 + missing))
-        return jnp.broadcast_to(table, (batch, *rows, table.shape[-1]))
+        return jnp.broadcast_to(table, (*positions, table.shape[-1]))
 
-    return [expand(table, axis) for table, axis in zip(tables, axes, strict=True)]
+    return [expand(table) for table in batch_in_front(batch, tables, axes)]

@@ -19,7 +19,6 @@ from .._partitioning import HIDDEN, Rule
 from .common import (
     batch_gamma,
     batch_in_front,
-    batch_size,
     forward_dims,
     forward_types,
     read_by_kernel,
@@ -101,11 +100,10 @@ def _unfused(
     return [y.astype(options.out_dtype), *rrms]
 
 
-def _batch(operands: Any, axes: Any, *, options: Options, save_rrms: bool) -> Any:
-    size = batch_size(operands, axes)
-    x = batch_in_front(operands[:1], axes[:1], size)
-    tables = batch_tables(operands[1:3], axes[1:3], x[0])
-    gamma = batch_gamma(operands[3:], axes[3:], size)
+def _batch(batch: Any, operands: Any, axes: Any, *, options: Options, save_rrms: bool) -> Any:
+    x = batch_in_front(batch, operands[:1], axes[:1])
+    tables = batch_tables(batch, operands[1:3], axes[1:3], x[0])
+    gamma = batch_gamma(batch, operands[3:], axes[3:])
     results = rope_forward_p.bind(*x, *tables, *gamma, options=options, save_rrms=save_rrms)
     return results, [0] * len(results)
 
