@@ -69,8 +69,7 @@ def check(
     x = _to_array("x", x)
     gamma = None if gamma is None else _to_array("gamma", gamma)
     shape = _normalized_shape(x, gamma, normalized_shape)
-    _check_word("rounding", rounding, get_args(Rounding))
-    _check_word("implementation", implementation, (None, *get_args(Implementation)))
+    check_words(rounding, implementation)
     if _check_bool("zero_centered_gamma", zero_centered_gamma) and gamma is None:
         raise ValueError("zero_centered_gamma=True needs a gamma, got gamma=None")
     out_dtype = x.dtype if dtype is None else _result_dtype(dtype)
@@ -102,11 +101,23 @@ def check_add(
     x: ArrayLike, residual: ArrayLike, gamma: ArrayLike | None, **settings: Unpack[Settings]
 ) -> tuple[Call, jax.Array]:
     """As `check`, for `add_rms_norm`. Returns residual too, in the shape of the call's x."""
+    x, residual = check_summands(x, residual)
+    call = check(x, gamma, beside=(residual.dtype,), **settings)
+    return call, residual.reshape(call.x.shape)
+
+
+def check_summands(x: ArrayLike, residual: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """Returns both as arrays."""
     x, residual = _to_array("x", x), _to_array("residual", residual)
     if residual.shape != x.shape:
         raise ValueError(f"residual must have x's shape {x.shape}, got {residual.shape}")
-    call = check(x, gamma, beside=(residual.dtype,), **settings)
-    return call, residual.reshape(call.x.shape)
+    return x, residual
+
+
+def check_words(rounding: Any, implementation: Any) -> None:
+    """Raises unless these options are among the words for them."""
+    _check_word("rounding", rounding, get_args(Rounding))
+    _check_word("implementation", implementation, (None, *get_args(Implementation)))
 
 
 def check_rope(

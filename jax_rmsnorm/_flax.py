@@ -17,7 +17,8 @@ from jax.nn import initializers
 from jax.typing import DTypeLike
 
 from . import _reference
-from ._arguments import check_copies
+from ._arguments import check_copies, check_summands, check_words
+from ._margin import check_margin
 from ._ops import add_rms_norm, rms_norm
 from ._primitives.common import KERNEL_DTYPES
 
@@ -109,8 +110,11 @@ def require_no_options(module: RMSNormModule, reason: str) -> None:
     """Raises unless Flax's own code can honour every option of a module whose call is not covered.
 
     Raises:
-        ValueError: an option is set that only `rms_norm` has; ``reason`` is `why_not_covered`'s.
+        ValueError: an option is set that only `rms_norm` has, ``reason`` being `why_not_covered`'s; or is not one that
+            `rms_norm` knows either.
     """
+    check_words(module.rounding, module.implementation)
+    check_margin(module.sm_margin)
     for name, honoured in _OPTIONS_FLAX_LACKS.items():
         value = getattr(module, name)
         if value not in honoured:
@@ -152,7 +156,10 @@ def normalize_uncovered(
 ) -> jax.Array | tuple[jax.Array, ...] | tuple[jax.Array | tuple[jax.Array, ...], jax.Array]:
     """What the functions would return, in a call that they do not cover: of Flax's own norm."""
     number = check_copies(copies)
-    h = x if residual is None else _reference.add(residual, x).astype(residual.dtype)
+    h = x
+    if residual is not None:
+        x, residual = check_summands(x, residual)
+        h = _reference.add(residual, x).astype(residual.dtype)
     y = flax_norm(h)
     result = y if number is None else (y,) * number
     return result if residual is None else (result, h)

@@ -136,6 +136,25 @@ def test_copies_of_a_call_that_only_flax_covers(make):
         make(scale)(x, mask=mask, copies=0)
 
 
+@FLAVOURS
+@pytest.mark.parametrize("masked", [False, True])
+def test_bad_arguments(make, masked):
+    """The same errors, whoever would compute the call."""
+    x, residual, scale = operands(jnp.float32, jnp.float32)
+    mask = {"mask": jnp.arange(SHAPE[-1]) < 40} if masked else {}
+    with pytest.raises(ValueError, match=r"residual must have x's shape"):
+        make(scale)(x[:1], residual=residual, **mask)
+    with pytest.raises(TypeError, match="residual must be float"):
+        make(scale)(x, residual=residual.astype(jnp.int32), **mask)
+    for option, message in (
+        ({"rounding": "twice"}, "rounding must be one of 'once', 'before_gamma', got 'twice'"),
+        ({"implementation": "cuda"}, "implementation must be one of None, 'kernel', 'xla'"),
+        ({"sm_margin": -1}, "sm_margin must be 0 or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(scale, **option)(x, **mask)
+
+
 def test_linen_initializes_the_same_parameters():
     x, residual, _ = operands(jnp.float32, jnp.float32)
     key = jax.random.key(0)
