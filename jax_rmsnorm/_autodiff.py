@@ -6,12 +6,14 @@ turn, by way of the specification: they are what `grad` of `grad` sees.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
 from . import _primitives, _reference
@@ -50,6 +52,22 @@ _rope_forward = _differentiable(
 _rope_backward = _differentiable(_primitives.rope_backward, _reference.rope_backward)
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """A value among residuals that is known when a derivative is traced."""
+
+    value: bool
+
+
+def _name(results, *names):
+    """For policies of `jax.checkpoint`, which save or offload by name what is a residual here or of y's readers."""
+    return [
+        checkpoint_name(result, f"rms_norm_{name}")
+        for result, name in zip(results, names, strict=True)
+    ]
+
+
 def _asked_for(gradients):
     # A gradient that nobody asked of a result is known to be zero, and not read from memory.
     return tuple(dy for dy in gradients if not isinstance(dy, SymbolicZero))
@@ -65,7 +83,7 @@ def _rms_norm(
 
 def _rms_norm_fwd(options, copies, *primals):
     x, gamma = custom_vjp_primal_tree_values(primals)
-    y, rrms = _forward(options, x, gamma)
+    y, rrms = _name(_forward(options, x, gamma), "y", "rrms")
     return (y,) * copies, (x, gamma, rrms)
 
 
@@ -89,7 +107,7 @@ def _add_rms_norm(
 
 def _add_rms_norm_fwd(options, copies, addend_dtype, *primals):
     x, addend, gamma = custom_vjp_primal_tree_values(primals)
-    y, h, rrms = _add_forward(options, x, addend, gamma)
+    y, h, rrms = _name(_add_forward(options, x, addend, gamma), "y", "h", "rrms")
     return ((y,) * copies, h), (h, gamma, rrms)
 
 
@@ -113,20 +131,25 @@ def _rms_norm_rope(
     return y
 
 
-def _rms_norm_rope_fwd(options, x, gamma, cos, sin):
-    y, rrms = _rope_forward(options, x, gamma, cos, sin)
-    return y, (x, gamma, rrms, cos, sin)
+def _rms_norm_rope_fwd(options, *primals):
+    x, gamma, cos, sin = custom_vjp_primal_tree_values(primals)
+    y, rrms = _name(_rope_forward(options, x, gamma, cos, sin), "y", "rrms")
+    *_, cos_primal, sin_primal = primals
+    ask_for_tables = _Static(cos_primal.perturbed or sin_primal.perturbed)
+    return y, (x, gamma, rrms, cos, sin, ask_for_tables)
 
 
 def _rms_norm_rope_bwd(options, residuals, dy):
-    x, gamma, rrms, cos, sin = residuals
+    x, gamma, rrms, cos, sin, ask_for_tables = residuals
     dx, dgamma = _rope_backward(options, x, gamma, rrms, dy, cos, sin)
+    if not ask_for_tables.value:
+        return dx, dgamma, None, None
     return dx, dgamma, *_table_gradients(options, x, gamma, cos, sin, dy)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _table_gradients(options, x, gamma, cos, sin, dy):
-    """dcos and dsin. Compilers drop this where nobody asks for them, so that it has no kernel."""
+    """dcos and dsin, which have no kernel: seldom does anybody ask for them."""
 
     def rope(cos, sin):
         y, _ = _reference.rope_forward(x, gamma, cos, sin, options)
@@ -152,5 +175,4 @@ def _with_vjp(f: Callable[..., Any], fwd: Any, bwd: Any, *, static: tuple[int, .
 
 rms_norm = _with_vjp(_rms_norm, _rms_norm_fwd, _rms_norm_bwd, static=(0, 1))
 add_rms_norm = _with_vjp(_add_rms_norm, _add_rms_norm_fwd, _add_rms_norm_bwd, static=(0, 1, 2))
-rms_norm_rope = jax.custom_vjp(_rms_norm_rope, nondiff_argnums=(0,))
-rms_norm_rope.defvjp(_rms_norm_rope_fwd, _rms_norm_rope_bwd)
+rms_norm_rope = _with_vjp(_rms_norm_rope, _rms_norm_rope_fwd, _rms_norm_rope_bwd, static=(0,))

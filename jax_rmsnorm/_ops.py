@@ -150,7 +150,8 @@ def add_rms_norm(
 
     The sum is taken in float32 (float64 if a summand is), rounded once to residual's dtype, and y is the norm of the
     rounded h, so that the two results belong together. The backward reads h, which the model keeps anyway, and the
-    gradients of both results, and writes the one gradient that serves x and residual.
+    gradients of both results, and writes the one gradient that serves x and residual, in residual's dtype: x's is
+    rounded to that first where x's own is wider.
 
     Args:
         x: [..., *normalized_shape], what a block adds to the residual stream; dtypes as in `rms_norm`.

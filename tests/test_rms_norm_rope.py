@@ -150,6 +150,17 @@ def test_gradients_of_the_tables_cost_nothing_where_they_are_not_asked_for():
     assert calls(rms_norm_rope, x, gamma, cos, sin) == kernels[:1]
 
 
+@pytest.mark.parametrize(
+    ("argnums", "asked_for"), [((0,), False), ((0, 1), False), ((2,), True), ((0, 3), True)]
+)
+def test_gradients_of_the_tables_are_traced_only_where_asked_for(argnums, asked_for):
+    """So that an eager backward does not compute them either."""
+    x, gamma, cos, sin, dy = operands()
+    loss = lambda *a: jnp.vdot(dy, rms_norm_rope(*a))  # noqa: E731
+    jaxpr = str(jax.make_jaxpr(jax.grad(loss, argnums))(x, gamma, cos, sin))
+    assert ("_table_gradients" in jaxpr) == asked_for
+
+
 # (batch axes, axes of x in front of its positions): with a second such axis, of one operand or all but one batched
 COMBINATIONS = [
     (axes, lead)
