@@ -18,7 +18,9 @@ from jax.typing import ArrayLike, DTypeLike
 from ._compat import is_static_dim
 from ._margin import check_margin
 from ._options import Implementation, Options, Rounding, SMMargin
+from ._partitioning import why_no_kernel_for_parts
 from ._primitives.common import KERNEL_DTYPES
+from ._types import axes_of_rows
 
 _DTYPES = (*KERNEL_DTYPES, np.dtype(np.float64))
 _MOST_HIDDEN = 2**30  # columns are counted in 32 bits
@@ -61,10 +63,12 @@ def check(
     interleaved: bool = False,
     beside: Collection[np.dtype] = (),
     heads: Any = 1,
+    gathers_rows: bool = False,
 ) -> Call:
     """Checks and normalizes the arguments of `rms_norm`; its docstring says what they may be.
 
-    ``beside`` are the dtypes of other operands that a kernel would have to take.
+    ``beside`` are the dtypes of other operands that a kernel would have to take; ``gathers_rows`` says that rows of
+    which each device has a part are no reason for there being none.
     """
     x = _to_array("x", x)
     gamma = None if gamma is None else _to_array("gamma", gamma)
@@ -89,8 +93,11 @@ def check(
         raise NotImplementedError(
             f"implementation='kernel': {reason}. Use implementation=None or 'xla'."
         )
+    x = x.reshape(*x.shape[: x.ndim - len(shape)], hidden)
+    if options.require_kernel and not gathers_rows and (axes := axes_of_rows(x)):
+        raise NotImplementedError(why_no_kernel_for_parts(axes))
     return Call(
-        x=x.reshape(*x.shape[: x.ndim - len(shape)], hidden),
+        x=x,
         gamma=None if gamma is None else gamma.reshape(hidden),
         options=options,
         use_kernel=implementation != "xla" and reason is None,
@@ -135,7 +142,15 @@ def check_rope(
         raise ValueError(f"x must be [..., T, N, D], of three axes or more, got shape {x.shape}")
     _check_tables(x, cos, sin)
     *_, heads, _ = x.shape
-    call = check(x, gamma, beside=(cos.dtype,), heads=heads, interleaved=interleaved, **settings)
+    call = check(
+        x,
+        gamma,
+        beside=(cos.dtype,),
+        heads=heads,
+        gathers_rows=True,
+        interleaved=interleaved,
+        **settings,
+    )
     if call.x.ndim != x.ndim:
         raise ValueError(
             "rms_norm_rope normalizes x's last axis alone: gamma and normalized_shape must have one axis"

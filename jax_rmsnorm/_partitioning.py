@@ -82,6 +82,14 @@ def is_on_one_device(ctx: Any) -> bool:
     return True
 
 
+def why_no_kernel_for_parts(axes: Sequence[str]) -> str:
+    """What to say where a kernel is asked for, and each device has parts of rows."""
+    return (
+        f"implementation='kernel' with the normalized axis sharded over {', '.join(axes)}: "
+        "there are no kernels for parts of rows. Use implementation=None for plain JAX there."
+    )
+
+
 def is_for_one_device(ctx: Any) -> bool:
     """Whether a lowering is for a program that runs on one device alone."""
     context = ctx.module_context.axis_context

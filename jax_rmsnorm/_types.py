@@ -39,6 +39,13 @@ def align_sum(x: jax.Array, addend: jax.Array, gamma: jax.Array | None) -> Opera
     return _align_manual_axes(x, addend, _reshard(gamma, x, _spec(x)[-1]))
 
 
+def axes_of_rows(x: jax.Array) -> tuple[str, ...]:
+    """The mesh axes of several devices that the type says x's last axis is sharded over."""
+    mesh, axes = jax.typeof(x).sharding.mesh, _spec(x)[-1]
+    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+    return tuple(name for name in names if mesh.shape[name] > 1)
+
+
 def _spec(x: Any) -> tuple[Any, ...]:
     """What the type says, for each axis; None where axes of the mesh are Auto or there is none."""
     return tuple(jax.typeof(x).sharding.spec)

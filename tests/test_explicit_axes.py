@@ -153,3 +153,14 @@ def test_export():
     slopes = jax.jit(jax.grad(functools.partial(total, rms_norm), (0, 1)))
     exported = jax.export.export(slopes, disabled_checks=DISABLED_EXPORT_CHECKS)(*operands)
     assert_near(jax.jit(exported.call)(*operands), slopes(X, GAMMA))
+
+
+def test_kernels_for_parts_of_rows_are_refused_when_traced():
+    """The types say where rows are; of other mesh axes the compiler finds out."""
+    operands = put(X, "data", None, ("model",)), put(GAMMA)
+    for norm in (rms_norm, lambda x, *a, **options: add_rms_norm(x, x, *a, **options)):
+        with pytest.raises(NotImplementedError, match="normalized axis sharded over model"):
+            jax.eval_shape(functools.partial(norm, implementation="kernel"), *operands)
+    heads = put(Q, None, None, None, "model"), put(GAMMA_Q), put(COS), put(SIN)
+    y = jax.jit(functools.partial(rms_norm_rope, implementation="kernel"))(*heads)  # gathered
+    assert_near([y], [rms_norm_rope(Q, GAMMA_Q, COS, SIN)])

@@ -29,6 +29,7 @@ from .._partitioning import (
     is_for_one_device,
     is_on_one_device,
     partitioned,
+    why_no_kernel_for_parts,
     why_not_partitioned,
 )
 from .common import sum_dgamma
@@ -220,10 +221,7 @@ def _kernel_call(
 def _require_whole_rows(options: Options, axes: Axes) -> None:
     """Raises if a kernel is asked for where each device has parts of rows."""
     if options.require_kernel:
-        raise NotImplementedError(
-            f"implementation='kernel' with the normalized axis sharded over {', '.join(axes.hidden)}: "
-            "there are no kernels for parts of rows. Use implementation=None for plain JAX there."
-        )
+        raise NotImplementedError(why_no_kernel_for_parts(axes.hidden))
 
 
 def rows_are_aligned(hidden: Any, *dtypes: np.dtype) -> bool:
