@@ -22,7 +22,7 @@ enum class Method : int32_t {
   kStaged,  // the same by way of shared memory: long rows
   kRing,    // persistent blocks, fed by asynchronous copies: one an SM, or several where the forward has rows
             // that are not aligned
-  kWindows,  // few rows that are not aligned, straight into registers
+  kWindows,  // rows that are not aligned, straight into registers: few, or too long for a ring
   kFew,      // backward: tiles of dgamma and rows of dx side by side
 };
 
@@ -122,7 +122,7 @@ struct LaunchConfig {
   int rows = 1;                    // that a slot takes at a time
   int block = 32;                  // threads a block
   int cluster = 1;                 // blocks a row
-  int ahead = 0;                   // rows that a ring copies ahead; 0: as RowsAhead says
+  int ahead = 0;                   // rows that a ring copies ahead; 0: as RowsAhead says, or two
   int64_t grid = 0;                // blocks; a multiple of `cluster`
   bool dependent = false;          // launched while the stream's last kernel ends, which it waits for
   int slots = 1;                   // kFew: rows that a block takes at the same time

@@ -39,7 +39,8 @@ __global__ __launch_bounds__(
   const float gamma_offset = args.gamma == nullptr || arithmetic.zero_centered_gamma ? 1.0f : -0.0f;
   const int64_t first = static_cast<int64_t>(blockIdx.x / place.blocks) * slots.count;
   const int64_t step = static_cast<int64_t>(gridDim.x / place.blocks) * slots.count;
-  // Starts the copies of the windows of the row that begins at element `begin`, into every other place.
+  // Starts the copies of the windows of the row that begins at element `begin`, into one of the places of two
+  // rows.
   const auto copy = [&](int to, int64_t begin, int shift, bool live) {
     const bool whole = begin + hidden + kSize <= elements;
 #pragma unroll
