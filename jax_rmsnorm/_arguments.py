@@ -20,7 +20,7 @@ from ._margin import check_margin
 from ._options import Implementation, Options, Rounding, SMMargin
 from ._partitioning import why_no_kernel_for_parts
 from ._primitives.common import KERNEL_DTYPES
-from ._types import axes_of_rows
+from ._types import hidden_axes
 
 _DTYPES = (*KERNEL_DTYPES, np.dtype(np.float64))
 _MOST_HIDDEN = 2**30  # columns are counted in 32 bits
@@ -94,7 +94,7 @@ def check(
             f"implementation='kernel': {reason}. Use implementation=None or 'xla'."
         )
     x = x.reshape(*x.shape[: x.ndim - len(shape)], hidden)
-    if options.require_kernel and not gathers_rows and (axes := axes_of_rows(x)):
+    if options.require_kernel and not gathers_rows and (axes := hidden_axes(x)):
         raise NotImplementedError(why_no_kernel_for_parts(axes))
     return Call(
         x=x,

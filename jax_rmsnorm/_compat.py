@@ -67,6 +67,11 @@ def no_mesh() -> Any:
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
 
 
+def axis_names(axes: Any) -> tuple[str, ...]:
+    """The mesh axes that a dimension is sharded over, from an entry of a `jax.sharding.PartitionSpec`."""
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
 def mesh_axes(x: Any, mesh: jax.sharding.Mesh) -> list[tuple[str, ...]]:
     """The mesh axes that each dimension of an operand of custom_partitioning is sharded over, first to last sharded.
 
@@ -77,7 +82,7 @@ def mesh_axes(x: Any, mesh: jax.sharding.Mesh) -> list[tuple[str, ...]]:
         (spec,) = parse_flatten_op_sharding(x.sharding._to_xla_hlo_sharding(len(x.shape)), mesh)
     except (ValueError, NotImplementedError):
         return []
-    return [() if axes is None else (axes,) if isinstance(axes, str) else axes for axes in spec]
+    return [axis_names(axes) for axes in spec]
 
 
 class _Unpickled:

@@ -71,7 +71,7 @@ def row_dims(ndim: int) -> Dims:
     return tuple(f"r{i}" for i in range(ndim - 1))
 
 
-def is_on_one_device(ctx: Any) -> bool:
+def has_nothing_to_split(ctx: Any) -> bool:
     """Whether a lowering is for a program that is one device's, as it stands."""
     context = ctx.module_context.axis_context
     if isinstance(context, ShardingContext):
@@ -90,12 +90,12 @@ def why_no_kernel_for_parts(axes: Sequence[str]) -> str:
     )
 
 
-def is_for_one_device(ctx: Any) -> bool:
-    """Whether a lowering is for a program that runs on one device alone."""
+def runs_on_one_device(ctx: Any) -> bool:
+    """Whether a lowering is for a program that one device alone runs."""
     context = ctx.module_context.axis_context
     if isinstance(context, SPMDAxisContext):
         return context.mesh.size == 1
-    return is_on_one_device(ctx)
+    return has_nothing_to_split(ctx)
 
 
 def why_not_partitioned(ctx: Any) -> str | None:

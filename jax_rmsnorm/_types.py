@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ._compat import manual_axes
+from ._compat import axis_names, manual_axes
 
 Operands = tuple[Any, ...]
 
@@ -39,11 +39,10 @@ def align_sum(x: jax.Array, addend: jax.Array, gamma: jax.Array | None) -> Opera
     return _align_manual_axes(x, addend, _reshard(gamma, x, _spec(x)[-1]))
 
 
-def axes_of_rows(x: jax.Array) -> tuple[str, ...]:
+def hidden_axes(x: jax.Array) -> tuple[str, ...]:
     """The mesh axes of several devices that the type says x's last axis is sharded over."""
-    mesh, axes = jax.typeof(x).sharding.mesh, _spec(x)[-1]
-    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
-    return tuple(name for name in names if mesh.shape[name] > 1)
+    sizes = jax.typeof(x).sharding.mesh.shape
+    return tuple(name for name in axis_names(_spec(x)[-1]) if sizes[name] > 1)
 
 
 def _spec(x: Any) -> tuple[Any, ...]:

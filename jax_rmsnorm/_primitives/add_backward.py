@@ -28,7 +28,7 @@ from .common import (
     present,
     read_by_kernel,
 )
-from .gradients import AddUp, add_up_unrounded, gradients_attributes, split_gradients
+from .gradients import add_up_unrounded, gradients_attributes, split_gradients
 from .lowering import backward_attributes, register, rows_are_aligned
 
 add_backward_p = Primitive("rms_norm_add_backward")
@@ -86,19 +86,6 @@ def _fuses(h: Any, rrms: Any, dh: Any, dy: Any, *_: Any, options: Options, gradi
     return rows_are_aligned(h.shape[-1], h.dtype, dy.dtype)
 
 
-def _with_one_gradient(
-    add_up: AddUp,
-    h: jax.Array,
-    rrms: jax.Array,
-    dh: jax.Array,
-    *rest: jax.Array,
-    options: Options,
-    gradients: int,
-) -> list[jax.Array]:
-    dys, gamma = split_gradients(rest, gradients)
-    return present(*add_backward(h, gamma, rrms, [add_up(dys)], dh, options))
-
-
 def _unfused(
     h: jax.Array,
     rrms: jax.Array,
@@ -129,5 +116,5 @@ register(
     scratch=_scratch,
     fuses=_fuses,
     unfused=_unfused,
-    with_one_gradient=_with_one_gradient,
+    first_gradient=3,
 )

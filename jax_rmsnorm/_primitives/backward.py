@@ -24,7 +24,7 @@ from .common import (
     present,
     read_by_kernel,
 )
-from .gradients import AddUp, add_up_unrounded, gradients_attributes, split_gradients
+from .gradients import add_up_unrounded, gradients_attributes, split_gradients
 from .lowering import backward_attributes, register, rows_are_aligned
 
 backward_p = Primitive("rms_norm_backward")
@@ -77,19 +77,11 @@ def _fuses(x: Any, rrms: Any, dy: Any, *_: Any, options: Options, gradients: int
     return gradients == 1 or rows_are_aligned(x.shape[-1], x.dtype, dy.dtype)
 
 
-def _with_one_gradient(
-    add_up: AddUp,
-    x: jax.Array,
-    rrms: jax.Array,
-    *rest: jax.Array,
-    options: Options,
-    gradients: int,
+def _unfused(
+    x: jax.Array, rrms: jax.Array, *rest: jax.Array, options: Options, gradients: int
 ) -> list[jax.Array]:
     dys, gamma = split_gradients(rest, gradients)
-    return present(*backward(x, gamma, rrms, [add_up(dys)], options))
-
-
-_unfused = functools.partial(_with_one_gradient, add_up_unrounded)
+    return present(*backward(x, gamma, rrms, [add_up_unrounded(dys)], options))
 
 
 register(
@@ -103,5 +95,5 @@ register(
     scratch=_scratch,
     fuses=_fuses,
     unfused=_unfused,
-    with_one_gradient=_with_one_gradient,
+    first_gradient=2,
 )

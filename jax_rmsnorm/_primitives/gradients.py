@@ -44,6 +44,19 @@ def how_to_add_up(gradients: int, *, on_one_device: bool) -> AddUp | None:
     return add_up_unrounded if gradients > MOST_GRADIENTS else None
 
 
+def with_sum(
+    primitive: Any, add_up: AddUp, first: int, *, gradients: int, **params: Any
+) -> Callable[..., Sequence[jax.Array]]:
+    """The primitive with the sum of its gradients in place of them, the ``first`` operand and those behind it."""
+
+    def run(*operands: jax.Array) -> Sequence[jax.Array]:
+        total = add_up(operands[first : first + gradients])
+        rest = operands[first + gradients :]
+        return primitive.bind(*operands[:first], total, *rest, gradients=1, **params)
+
+    return run
+
+
 def split_gradients(operands: Sequence[Any], gradients: int) -> tuple[Sequence[Any], Any | None]:
     """The gradients of y, and the gamma behind them if there is one."""
     dys, gamma = operands[:gradients], operands[gradients:]

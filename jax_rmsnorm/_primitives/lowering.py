@@ -26,14 +26,14 @@ from .._options import Options
 from .._partitioning import (
     Axes,
     Rule,
-    is_for_one_device,
-    is_on_one_device,
+    has_nothing_to_split,
     partitioned,
+    runs_on_one_device,
     why_no_kernel_for_parts,
     why_not_partitioned,
 )
 from .common import sum_dgamma
-from .gradients import how_to_add_up
+from .gradients import how_to_add_up, with_sum
 
 # XLA checks the types of attributes strictly, hence the NumPy scalars.
 
@@ -67,7 +67,7 @@ def register(
     scratch: Callable[..., Sequence[Any]] | None = None,
     fuses: Callable[..., bool] | None = None,
     unfused: Callable[..., Sequence[jax.Array]] | None = None,
-    with_one_gradient: Callable[..., Sequence[jax.Array]] | None = None,
+    first_gradient: int | None = None,
 ) -> None:
     """Registers all rules of a primitive.
 
@@ -86,8 +86,8 @@ def register(
         scratch: of a backward, from the same to the types of the custom call's further results; None for a forward.
         fuses: from the same, whether the CUDA kernel takes such operands; None if it takes all.
         unfused: in place of the CUDA kernel where it does not: as ``reference``, but with simpler kernels in it.
-        with_one_gradient: of a backward that takes several gradients of y: from the function that adds them up and the
-            operands to the results of the same primitive with their sum.
+        first_gradient: of a backward that takes several gradients of y (its parameter ``gradients``), the place
+            of the first one among the operands.
     """
     call = _kernel_call(
         primitive.name, abstract_eval, reference, target, target_attributes, scratch, fuses, unfused
@@ -97,11 +97,10 @@ def register(
     batching.fancy_primitive_batchers[primitive] = batch
 
     def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
-        if with_one_gradient is not None:
-            on_one_device = is_for_one_device(ctx)
-            add_up = how_to_add_up(params["gradients"], on_one_device=on_one_device)
+        if first_gradient is not None:
+            add_up = how_to_add_up(params["gradients"], on_one_device=runs_on_one_device(ctx))
             if add_up is not None:
-                run = functools.partial(with_one_gradient, add_up, **params)
+                run = with_sum(primitive, add_up, first_gradient, **params)
                 return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
 
         local = functools.partial(call, **params)
@@ -116,7 +115,7 @@ def register(
                 return run(*shards)
             return sum_dgamma(run, axes, *shards, has_gamma=len(ctx.avals_out) > 1)
 
-        if is_on_one_device(ctx):
+        if has_nothing_to_split(ctx):
             run = local
         elif (why := why_not_partitioned(ctx)) is None:
             run = partitioned(rule(*ctx.avals_in, **params), local, shard)
