@@ -51,22 +51,19 @@ def _devices(count: int) -> list[Any]:
     return list(topology.devices)
 
 
-@functools.cache
-def why_not() -> str | None:
-    """Why programs for GPUs cannot be compiled here."""
+def _compiles_for_gpus() -> bool:
     if _ffi.CUDA.module is None:
-        return "needs the CUDA kernels"
+        return False
     try:
         _devices(1)
     except NotImplementedError:
-        return "needs JAX's CUDA plugin (no GPU)"
-    return None
+        return False
+    return True
 
 
-@pytest.fixture(autouse=True)
-def needs_gpu_compiler() -> None:
-    if (reason := why_not()) is not None:
-        pytest.skip(reason)
+needs_gpu_compiler = pytest.mark.skipif(
+    not _compiles_for_gpus(), reason="needs the CUDA kernels and JAX's CUDA plugin, and no GPU"
+)
 
 
 def make_mesh(axis_type: AxisType, **sizes: int) -> Mesh:

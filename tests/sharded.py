@@ -6,10 +6,13 @@ from typing import Any
 
 import jax
 import oracle
-from jax.sharding import NamedSharding
+import pytest
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_rmsnorm import add_rms_norm, rms_norm, rms_norm_rope
+
+AXIS_TYPES = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 
 
 def put(mesh: jax.sharding.Mesh, array: Any, *spec: Any) -> jax.Array:

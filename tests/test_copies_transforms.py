@@ -13,8 +13,8 @@ import pytest
 from batching import batched, combinations, loop
 from checks import draw, needs_8_devices
 from compare import assert_near, assert_same_bits, in_float64
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from sharded import AXIS_TYPES
 
 import jax_rmsnorm
 from jax_rmsnorm import add_rms_norm, rms_norm
@@ -183,7 +183,7 @@ def test_shard_map(check_vma, jit, residual):
 @RESIDUAL
 @pytest.mark.parametrize("copies", [3, 6])
 @pytest.mark.parametrize("in_shard_map", [False, True])
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+@AXIS_TYPES
 def test_several_devices(axis_type, in_shard_map, copies, residual):
     """Each gradient may be a sum over devices: they are added up in front of the kernel, as without copies."""
     mesh = jax.make_mesh((8,), ("a",), (axis_type,))

@@ -12,13 +12,12 @@ from compiled import collectives, kernels
 from gpu_topology import compile_for, make_mesh, needs_gpu_compiler, shape_of
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from sharded import add_gradients, norm_gradients, rope_gradients
+from sharded import AXIS_TYPES, add_gradients, norm_gradients, rope_gradients
 
 from jax_rmsnorm import rms_norm
 
-__all__ = ["needs_gpu_compiler"]  # a fixture, which every test here has
+pytestmark = needs_gpu_compiler
 BF16, F32 = jnp.bfloat16, jnp.float32
-AXIS_TYPES = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 SHAPE = (8, 96, 1024)
 # (spec of x, spec of gamma, collectives of a forward and a backward on 2 x 2 GPUs, shape of a GPU's shard)
 LAYOUTS = pytest.mark.parametrize(

@@ -235,9 +235,8 @@ def test_grid(case):
         # The forward interface has one group.
         groups = case.groups if direction == "backward" else 1
         if kernel(config) == "few":
-            assert (
-                1 <= config["slots"] <= slots
-            )  # whatever the block has more of is for dgamma alone
+            # Whatever the block has more of is for dgamma alone.
+            assert 1 <= config["slots"] <= slots
             slots = config["slots"]
         rows = -(-groups * case.rows // slots)
         if kernel(config) == "few":

@@ -11,6 +11,7 @@ from checks import draw
 from compiled import collectives, kernels
 from jax.sharding import AxisType
 from sharded import (
+    AXIS_TYPES,
     add_gradients,
     assert_gradients,
     compile_on,
@@ -32,7 +33,6 @@ COS, SIN, GAMMA_Q = (
     draw(8, (64, 64), F32),
     draw(9, (128,), BF16, offset=1.0),
 )
-AXIS_TYPES = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 SPECS = [["devices"], [None, "devices"], [None, None, "devices"]]
 LAYOUTS = pytest.mark.parametrize("spec", SPECS, ids=str)
 
