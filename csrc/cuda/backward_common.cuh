@@ -3,10 +3,12 @@
 
 #include <cstdint>
 
+#include "circle_sum.cuh"
 #include "launch.h"
 #include "packet.cuh"
 #include "reduce.cuh"
 #include "rotary.cuh"
+#include "split_sum.cuh"
 #include "unaligned.cuh"
 
 namespace jax_rmsnorm {

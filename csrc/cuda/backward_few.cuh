@@ -146,9 +146,9 @@ __device__ __forceinline__ void DifferentiateWindows(const BackwardParams& param
 
 // dgamma at the columns of one tile: tile_packets lanes side by side, and all rows of the group dealt out to
 // the block's runs of so many lanes.
-template <typename T, typename D, int kSize, bool kAligned, bool kMore>
+template <typename T, typename D, int kSize, bool kAligned, bool kMore, int kWarps>
 __device__ __forceinline__ void SumTile(const BackwardParams& params, int64_t group, int tile,
-                                        float (&sums)[kMaxWarps][kMostTilePackets * kSize]) {
+                                        float (&sums)[kWarps][kMostTilePackets * kSize]) {
   const BackwardArgs& args = params.args;
   const int hidden = static_cast<int>(args.shape.hidden);
   const int packets = params.tile_packets, shift = 31 - __clz(packets);  // a power of two
@@ -227,7 +227,10 @@ __global__ __launch_bounds__(kThreads, kFewBlocks<kSize * kPackets, kThreads, kS
   constexpr bool kMayAdd = kAligned && kSize * (sizeof(T) < sizeof(D) ? sizeof(T) : sizeof(D)) == 16;
   LaunchDependents();
   WaitForPrimary();
-  __shared__ float sums[kMaxWarps][kMostTilePackets * kSize];
+  // A tile's sums, a warp each, or what warps that share a strip exchange.
+  constexpr int kWarpBytes = 32 * kSize * 4;
+  __shared__ alignas(16) float memory[kThreads / 32][kMostTilePackets * kSize];
+  static_assert(sizeof(memory) >= kThreads / 32 * kWarpBytes);
   const auto run = [&](auto more) {
     constexpr bool kMore = decltype(more)::value;
     // A cluster is either for tiles, of which it may have none to do, or for a row.
@@ -239,16 +242,15 @@ __global__ __launch_bounds__(kThreads, kFewBlocks<kSize * kPackets, kThreads, kS
       if (tile >= tiles) return;
       const int group = params.args.shape.groups == 1 ? 0 : tile / static_cast<int>(params.tiles);
       SumTile<T, D, kSize, kAligned, kMore>(params, group, tile - group * static_cast<int>(params.tiles),
-                                            sums);
+                                            memory);
       return;
     }
     if (kScope == Scope::kBlock && static_cast<int>(threadIdx.x) >= params.slots * params.threads_per_row) {
       return;  // for tiles alone
     }
     if constexpr (!kAligned) {
-      extern __shared__ uint4 shared[];
       DifferentiateWindows<T, D, kSize, kPackets, kScope, kOne, kShare>(params, cluster,
-                                                                        SharedAddress(shared));
+                                                                        SharedAddress(memory));
     } else {
       DifferentiateRows<T, D, kSize, kPackets, kScope, kOne, kMore>(params, cluster);
     }

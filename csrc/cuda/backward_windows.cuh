@@ -54,25 +54,7 @@ __global__ __launch_bounds__(kScope == Scope::kCluster ? kMaxThreads : kLanesThr
     // Copies window k of a row to the ring's row at place `to`.
     const auto copy = [&](int to, int k, int64_t row, bool inside) {
       const int64_t begin = row * hidden;
-      const int shift = shift_of(begin);
-      const int column = strip.At(k) - shift, tail_column = strip.At(kPackets) - shift;
-      const bool copied = inside && column < hidden;
-      const bool tail = kTail && k == 0 && inside && tail_column < hidden;
-      if (!copied || begin + hidden + kSize <= elements) {
-        x_ring.Copy(to + k, begin + column, copied);
-        dy_ring.Copy(to + k, begin + column, copied);
-        if (tail) {
-          x_ring.CopyFurther(to, begin + tail_column);
-          dy_ring.CopyFurther(to, begin + tail_column);
-        }
-      } else {  // the last rows of the tensors, beyond which nothing is read
-        x_ring.CopyLast(to + k, false, begin + column, elements);
-        dy_ring.CopyLast(to + k, false, begin + column, elements);
-        if (tail) {
-          x_ring.CopyLast(to, true, begin + tail_column, elements);
-          dy_ring.CopyLast(to, true, begin + tail_column, elements);
-        }
-      }
+      CopyWindow(strip, to, k, begin, shift_of(begin), hidden, inside, elements, x_ring, dy_ring);
       CommitCopies();
     };
     int turn = 0, ahead = 0;  // the turn whose row is copied next

@@ -119,7 +119,6 @@ LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x
     config = few;
     config.method = Method::kFew;
     config.dependent = device.dependent_launch;
-    config.shared_memory = ExchangeBytes(config, 1);
     if (partial_rows > 0) TileDgamma(device, shape, &config);
     const int64_t rows = shape.groups * shape.rows, tiles = config.tiles * shape.groups;
     // Where every row can have a block to itself, it is done sooner.

@@ -83,7 +83,8 @@ LaunchConfig UnalignedForwardLayout(const Device& device, int64_t rows, int64_t 
     config.width = wide;
     if (few) {
       ShareWindows(&config);
-      config.shared_memory = ExchangeBytes(config, 2);
+      // In one half a row's sums are exchanged, and in the other the next one's.
+      if (config.share > 1) config.shared_memory = int64_t{2} * config.block * wide * 4;
     }
     return config;
   }
@@ -161,7 +162,8 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
   } else {  // the hardware scheduler deals out the rows, unless SMs are to be left alone
     int64_t most = std::max<int64_t>(1, (margin > 0 ? UsableSMs(device, margin) : kMaxGrid) / config.cluster);
     if (config.method == Method::kRing) {  // rows that are not aligned, in several blocks an SM
-      config.shared_memory = 2 * ring.PlaceBytes(config);
+      constexpr int kRows = 2;             // one is copied while the other is worked on
+      config.shared_memory = kRows * ring.PlaceBytes(config);
       const int threads = WindowsPerSM(SizeOf(gamma) > SizeOf(x), config.packets);
       if (config.scope == Scope::kCluster) {
         most = config.grid;

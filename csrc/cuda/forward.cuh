@@ -189,23 +189,6 @@ auto FindForwardStaged(const LaunchConfig& config) -> void (*)(ForwardParams) {
   return config.aligned ? ForwardStagedKernel<T, G, true> : ForwardStagedKernel<T, G, false>;
 }
 
-// f(the number of windows of a lane, as a constant): those that WindowLanes in layout.h hands out.
-template <typename F>
-auto WithLaneWindows(int windows, F&& f) -> void (*)(ForwardParams) {
-  switch (windows) {
-    case 1:
-      return f(std::integral_constant<int, 1>{});
-    case 2:
-      return f(std::integral_constant<int, 2>{});
-    case 3:
-      return f(std::integral_constant<int, 3>{});
-    case 4:
-      return f(std::integral_constant<int, 4>{});
-    default:
-      return f(std::integral_constant<int, kLaneWindows>{});
-  }
-}
-
 // Those that ShareWindows in layout.h hands out.
 template <typename T, typename G>
 auto FindForwardWindows(const LaunchConfig& config) -> void (*)(ForwardParams) {
@@ -217,13 +200,16 @@ auto FindForwardWindows(const LaunchConfig& config) -> void (*)(ForwardParams) {
                                : ForwardWindowsKernel<T, G, kLaneWindows / 2, Scope::kLanes, 2>;
 }
 
+// With lanes those that WindowLanes in layout.h hands out.
 template <typename T, typename G>
 auto FindForwardWindowRing(const LaunchConfig& config) -> void (*)(ForwardParams) {
   if (config.scope == Scope::kCluster) return ForwardWindowRingKernel<T, G, kStripWindows, Scope::kCluster>;
   if (config.scope == Scope::kBlock) return ForwardWindowRingKernel<T, G, kStripWindows, Scope::kBlock>;
-  return WithLaneWindows(config.packets, [](auto windows) {
-    return ForwardWindowRingKernel<T, G, decltype(windows)::value, Scope::kLanes>;
-  });
+  return config.packets == 1   ? ForwardWindowRingKernel<T, G, 1, Scope::kLanes>
+         : config.packets == 2 ? ForwardWindowRingKernel<T, G, 2, Scope::kLanes>
+         : config.packets == 3 ? ForwardWindowRingKernel<T, G, 3, Scope::kLanes>
+         : config.packets == 4 ? ForwardWindowRingKernel<T, G, 4, Scope::kLanes>
+                               : ForwardWindowRingKernel<T, G, kLaneWindows, Scope::kLanes>;
 }
 
 template <typename T>

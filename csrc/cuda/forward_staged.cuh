@@ -91,7 +91,7 @@ __global__ __launch_bounds__(kMaxThreads, kAligned || sizeof(G) < 4 ? 3 : 2) voi
           if (k == 0) ReplaceHead(strip.Head(shift), window(kStripWindows), &packet);
           float values[kSize];
           packet.Get(values);
-          circle.template AddSquares<sizeof(T) == 2>(k, values);
+          circle.template AddSquares<T>(k, values);
         }
         const float part = circle.Over(32);
         if (lane == 0) strip_sums[s] = part;

@@ -42,24 +42,9 @@ __global__ __launch_bounds__(
   // Starts the copies of the windows of the row that begins at element `begin`, into one of the places of two
   // rows.
   const auto copy = [&](int to, int64_t begin, int shift, bool live) {
-    const bool whole = begin + hidden + kSize <= elements;
 #pragma unroll
     for (int k = 0; k < kPackets; ++k) {
-      const int column = strip.At(k) - shift;
-      const bool copied = live && column < hidden;
-      if (!copied || whole) {
-        ring.Copy(to + k, begin + column, copied);
-      } else {  // the last rows of the tensor, beyond which nothing is read
-        ring.CopyLast(to + k, false, begin + column, elements);
-      }
-    }
-    const int tail_column = strip.At(kPackets) - shift;
-    if (kTail && live && tail_column < hidden) {
-      if (whole) {
-        ring.CopyFurther(to, begin + tail_column);
-      } else {
-        ring.CopyLast(to, true, begin + tail_column, elements);
-      }
+      CopyWindow(strip, to, k, begin, shift, hidden, live, elements, ring);
     }
     CommitCopies();
   };
@@ -115,7 +100,7 @@ __global__ __launch_bounds__(
       }
       float values[kSize];
       packet.Get(values);
-      circle.template AddSquares<sizeof(T) == 2>(k, values);
+      circle.template AddSquares<T>(k, values);
     }
     const float sum = row_sum.OfWarps(circle.Over(strip.lanes()));
     if (live) {

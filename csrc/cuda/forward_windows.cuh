@@ -57,7 +57,7 @@ __global__ __launch_bounds__(
       if (k == 0) ReplaceHead(strip.Head(shift), strip.Tail(windows), &packet);
       float values[kSize];
       packet.Get(values);
-      circle.template AddSquares<sizeof(T) == 2>(k * kShare, values);
+      circle.template AddSquares<T>(k * kShare, values);
     }
     if constexpr (kShare == 2) {
       circle.Exchange(SharedAddress(shared) + phase * blockDim.x * kSize * 4);

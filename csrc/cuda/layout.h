@@ -105,11 +105,6 @@ inline void ShareWindows(LaunchConfig* config) {
   if (config->scope != Scope::kLanes) config->block *= config->share;
 }
 
-// Bytes of shared memory in which they exchange `rows` sums one after another.
-inline int64_t ExchangeBytes(const LaunchConfig& config, int rows) {
-  return config.share == 1 ? 0 : int64_t{rows} * config.block * config.width * 4;
-}
-
 // A slot that goes on by as many blocks, or a multiple of them, of `slots` each finds its rows of `hidden`
 // elements to lie alike in packets of `width`.
 inline int64_t BlocksAlike(int64_t hidden, int width, int64_t slots) {

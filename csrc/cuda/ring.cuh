@@ -140,4 +140,29 @@ class PacketRing {
   uint32_t base_, stride_;
 };
 
+// Starts the copies of window k of a strip of the row that begins at element `begin` of `elements`, and
+// `shift` elements into its first window, into place `to` + k of each of the rings, and, with the first one,
+// those of the tail. Of a row that is not `live` zeros are copied; beyond the tensors' ends nothing is read.
+template <int kSize, int kPackets, bool kTail, typename... Rings>
+__device__ __forceinline__ void CopyWindow(const Strip<kSize, kPackets, kTail>& strip, int to, int k,
+                                           int64_t begin, int shift, int hidden, bool live, int64_t elements,
+                                           const Rings&... rings) {
+  const int column = strip.At(k) - shift;
+  const bool copied = live && column < hidden;
+  const bool whole = begin + hidden + kSize <= elements;
+  if (!copied || whole) {
+    (rings.Copy(to + k, begin + column, copied), ...);
+  } else {  // the last rows of the tensors
+    (rings.CopyLast(to + k, false, begin + column, elements), ...);
+  }
+  if (!kTail || k > 0) return;
+  const int tail_column = strip.At(kPackets) - shift;
+  if (!live || tail_column >= hidden) return;
+  if (whole) {
+    (rings.CopyFurther(to, begin + tail_column), ...);
+  } else {
+    (rings.CopyLast(to, true, begin + tail_column, elements), ...);
+  }
+}
+
 }  // namespace jax_rmsnorm

@@ -66,7 +66,26 @@ def test_rows(rows, hidden):
     check_call((rows, hidden), jnp.bfloat16, jnp.float32, jnp.bfloat16, zero_centered_gamma=True)
 
 
-@pytest.mark.parametrize("hidden", [64, 65, 333, 3000, 3001, 40_960])
+@pytest.mark.parametrize(
+    ("hidden", "x", "y"),
+    [
+        (20_001, jnp.bfloat16, jnp.bfloat16),
+        (20_002, jnp.float16, jnp.float16),
+        (10_001, jnp.float32, jnp.float32),
+        (20_001, jnp.bfloat16, jnp.float32),
+    ],
+)
+@pytest.mark.parametrize("rows", [301, 1000])
+def test_rows_of_several_shifts(rows, hidden, x, y):
+    """Many unaligned rows for clusters of blocks, each of which sums dgamma over rows of one shift after another."""
+    config = _ffi.CUDA.module.backward_config(
+        rows=rows, hidden=hidden, x=x.dtype.name, dy=y.dtype.name, alignment="tensors"
+    )
+    assert (config["method"], config["scope"], config["aligned"]) == ("ring", "cluster", False)
+    check_call((rows, hidden), x, jnp.float32, y)
+
+
+@pytest.mark.parametrize("hidden", [64, 65, 333, 3000, 3001, 20_001, 40_960])
 def test_gamma_batched_by_vmap(hidden):
     """Groups of rows with a gamma and a dgamma each: few large ones, and more than there are SMs."""
     for groups, rows in ((3, 200), (300, 2)):
@@ -82,16 +101,22 @@ def test_gamma_batched_by_vmap(hidden):
 
 
 @pytest.mark.parametrize(
-    "hidden",
+    ("hidden", "dtype"),
     [
-        *(72, 333, 635, 1001, 1023, 1024, 3001, 4096, 4100, 5121, 8191, 16_384, 20_001, 50_257),
-        *(65_536, 130_001),
+        *itertools.product(
+            (
+                *(72, 333, 635, 1001, 1023, 1024, 3001, 4096, 4100, 5121, 8191, 16_384, 20_001),
+                *(50_257, 65_536, 130_001),
+            ),
+            (jnp.bfloat16,),
+        ),
+        *itertools.product((73, 334, 1001, 2049, 5121, 20_001), (jnp.float32, jnp.float16)),
     ],
 )
-def test_bits(hidden):
+def test_bits(hidden, dtype):
     """The same bits again; a row's own bits in any batch, with any margin."""
     rows = max(700, 3 * 2**20 // hidden)  # too many for the kernels of few
-    x, dy = (np.asarray(draw(i, (rows, hidden), jnp.bfloat16)) for i in (0, 2))
+    x, dy = (np.asarray(draw(i, (rows, hidden), dtype)) for i in (0, 2))
     gamma = draw(1, hidden, jnp.float32)
 
     @functools.partial(jax.jit, static_argnames="margin")
@@ -112,6 +137,17 @@ def test_bits(hidden):
     margin_y, margin_dx, _ = run(x, dy, margin=100)
     np.testing.assert_array_equal(margin_y, y)
     np.testing.assert_array_equal(margin_dx, dx)
+
+
+@pytest.mark.parametrize("hidden", [333, 1001, 5001, 20_001])
+def test_bits_of_tiny_values(hidden):
+    """Squares below the smallest normal number are rounded wherever in its packets a row begins."""
+    row = draw(0, hidden, jnp.bfloat16, scale=2.0**-67)
+    norm = jax.jit(functools.partial(jax_rmsnorm.rms_norm, eps=0.0))
+    for rows in (9, 4 * 2**20 // hidden):  # few, and many
+        y = np.asarray(norm(jnp.broadcast_to(row, (rows, hidden)))[:9])
+        assert np.isfinite(y.astype(np.float32)).all()
+        np.testing.assert_array_equal(y, np.broadcast_to(y[0], y.shape))
 
 
 def test_offset_pointers():

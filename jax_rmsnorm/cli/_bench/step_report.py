@@ -8,7 +8,6 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from .step_results import Family, Measured, Result, families
-from .timing import Timing
 
 _SHOWN_KERNELS = 12  # besides those that belong to norms
 _NAME_WIDTH = 100
@@ -51,12 +50,12 @@ def _cells(result: Result, name: str, profiled: bool) -> Iterator[str | None]:
     one = result.measured[name]
     step, tax, speedup = result.step(name), result.tax(name), result.speedup(name)
     yield _milliseconds(step.median)
-    yield _milliseconds(_spread(step))
+    yield _milliseconds(step.notch)
     yield tax and _milliseconds(tax.median)
-    yield tax and _milliseconds(_spread(tax))
+    yield tax and _milliseconds(tax.notch)
     yield _decimals(result.of_plain_tax(name), 2)
     yield speedup and f"{speedup.median:.3f}x"
-    yield speedup and _decimals(_spread(speedup), 3)
+    yield speedup and _decimals(speedup.notch, 3)
     if profiled:
         yield one.device and _milliseconds(one.device.seconds)
         yield one.device and _milliseconds(sum(one.of_norms().values()))
@@ -71,8 +70,8 @@ def _cells(result: Result, name: str, profiled: bool) -> Iterator[str | None]:
 def notes(results: Sequence[Result]) -> Iterator[str]:
     """What the table's numbers mean."""
     yield (
-        "step: the median over rounds in which each implementation runs several steps in turn; ±: half the distance "
-        "of the quartiles. norm tax: the step over the identity's, which has no norms but adds to the stream and "
+        "step: the median over rounds in which each implementation runs several steps in turn; ±: how far "
+        "a median may be off, at about 95 % confidence. norm tax: the step over the identity's, which has no norms but adds to the stream and "
         "rotates all the same; speed-up: jnp's step over this one; both within each round."
     )
     if any(one.device for result in results for one in result.measured.values()):
@@ -115,10 +114,6 @@ def _worth_showing(one: Measured) -> Iterator[Family]:
         others += not family.of_norms
         if family.of_norms or others <= _SHOWN_KERNELS:
             yield family
-
-
-def _spread(timing: Timing) -> float:
-    return (timing.upper - timing.lower) / 2
 
 
 def _milliseconds(seconds: float | None) -> str | None:

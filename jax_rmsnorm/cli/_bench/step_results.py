@@ -179,6 +179,7 @@ def _timing(timing: Timing | None, unit: float) -> dict[str, Any] | None:
         return None
     return {
         "median": timing.median * unit,
+        "notch": timing.notch * unit,
         "quartiles": [timing.lower * unit, timing.upper * unit],
         "samples": timing.samples,
     }

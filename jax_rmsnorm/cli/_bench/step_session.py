@@ -35,7 +35,7 @@ class Plan:
     seconds: float
 
 
-PLANS = {"cpu": Plan(rounds=5, steps=2, seconds=0.1), "gpu": Plan(rounds=10, steps=5, seconds=0.15)}
+PLANS = {"cpu": Plan(rounds=5, steps=2, seconds=0.1), "gpu": Plan(rounds=30, steps=5, seconds=0.15)}
 _PROFILED_STEPS = 4
 # A GPU that was idle while the last profile was read runs faster for a while than one at its power limit, as in the
 # steps that are timed.
@@ -148,14 +148,18 @@ class _Track:
 
 
 def _race(steps: Mapping[str, Callable[[int], jax.Array]], plan: Plan) -> dict[str, list[float]]:
-    """Seconds a step of each, round after round, so that what disturbs one disturbs all."""
+    """Seconds a step of each, round after round, so that what disturbs one disturbs all.
+
+    Every other round goes backwards: nobody always has the same one before it, and a slow drift evens out.
+    """
     samples: dict[str, list[float]] = {name: [] for name in steps}
     counts = {
         name: max(plan.steps, round(plan.seconds / _time(run, 1))) for name, run in steps.items()
     }
-    for _ in range(plan.rounds):
-        for name, run_steps in steps.items():
-            samples[name].append(_time(run_steps, counts[name]))
+    names = list(steps)
+    for number in range(plan.rounds):
+        for name in names if number % 2 == 0 else reversed(names):
+            samples[name].append(_time(steps[name], counts[name]))
     return samples
 
 

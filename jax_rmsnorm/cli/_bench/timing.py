@@ -239,6 +239,14 @@ class Timing(NamedTuple):
     upper: float
     samples: int
 
+    @property
+    def notch(self) -> float:
+        """How far the median may be off, at about 95 % confidence: 1.57 interquartile ranges over √samples.
+
+        As the notch of a box plot has it: McGill, Tukey, Larsen, "Variations of box plots", 1978.
+        """
+        return 1.57 * (self.upper - self.lower) / self.samples**0.5
+
 
 def race(runners: Sequence[Callable[[], float]], plan: Plan) -> list[Timing]:
     """Samples all in turn, round after round, so that what disturbs one disturbs all."""
