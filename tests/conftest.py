@@ -29,7 +29,9 @@ os.environ["PYTHONSAFEPATH"] = "1"
 # JAX reads what is above as it is imported, hence the imports down here.
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import thresholds  # noqa: E402
 
+thresholds.use(thresholds.ANY_SIZE)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("default")

@@ -32,6 +32,7 @@ from .._partitioning import (
     why_no_kernel_for_parts,
     why_not_partitioned,
 )
+from .choice import kernel_pays_on_gpu
 from .common import sum_dgamma
 from .gradients import how_to_add_up, with_sum
 
@@ -72,7 +73,8 @@ def register(
     """Registers all rules of a primitive.
 
     There is one lowering for all platforms and meshes. Where there is something to split, `_partitioning` does that.
-    What one device does is a second primitive's: the kernel's custom call where one is loaded, else plain JAX.
+    What one device does is a second primitive's: the kernel's custom call where one is loaded and pays (see
+    `choice`), else plain JAX.
 
     Args:
         primitive: takes a parameter ``options``.
@@ -198,6 +200,8 @@ def _kernel_call(
     def lower_cuda(ctx: Any, *operands: Any, **params: Any) -> Any:
         if _ffi.why_not_on_local_gpus() is not None:
             return lower_plain(ctx, *operands, **params)
+        if not (params["options"].require_kernel or kernel_pays_on_gpu(ctx.avals_in[0], **params)):
+            return plain(ctx, *operands, **params)
         if fuses is None or unfused is None or fuses(*ctx.avals_in, **params):
             return lower_kernel(ctx, *operands, **params)
         return with_scratch(unfused)(ctx, *operands, **params)

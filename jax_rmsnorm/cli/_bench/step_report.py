@@ -70,9 +70,9 @@ def _cells(result: Result, name: str, profiled: bool) -> Iterator[str | None]:
 def notes(results: Sequence[Result]) -> Iterator[str]:
     """What the table's numbers mean."""
     yield (
-        "step: the median over rounds in which each implementation runs several steps in turn; ±: how far "
-        "a median may be off, at about 95 % confidence. norm tax: the step over the identity's, which has no norms but adds to the stream and "
-        "rotates all the same; speed-up: jnp's step over this one; both within each round."
+        "step: the median over rounds in which each implementation runs several steps in turn; ±: how far a median "
+        "may be off, at about 95 % confidence. norm tax: the step over the identity's, which has no norms but adds to "
+        "the stream and rotates all the same; speed-up: jnp's step over this one; both within each round."
     )
     if any(one.device for result in results for one in result.measured.values()):
         yield (
