@@ -70,7 +70,8 @@ def rms_norm(
             result and x's gradient keep their bits whatever the margin; gamma's gradient is summed in another order.
             None reads the environment variables JAX_RMSNORM_{FORWARD,BACKWARD,INFERENCE}_SM_MARGIN, and where they
             are not set JAX_RMSNORM_SM_MARGIN, when the call is traced.
-        implementation: None for the kernel where there is one and plain JAX elsewhere; "kernel" for an error
+        implementation: None for the kernel where there is one and it pays (a GPU takes plain JAX for few elements,
+            see docs/performance.md) and plain JAX elsewhere; "kernel" for the kernel at any size and an error
             elsewhere; "xla" for plain JAX.
 
     Returns:

@@ -160,6 +160,8 @@ def backward(
 def add(x: jax.Array, addend: jax.Array) -> jax.Array:
     """Returns h = x + addend in the compute dtype, rounded as x's dtype asks for."""
     dtype = compute_dtype(x.dtype, addend.dtype)
+    if x.dtype == addend.dtype:  # a sum that XLA can make part of the product before it
+        return _round_to((x + addend).astype(dtype), x.dtype)
     return _round_to(x.astype(dtype) + addend.astype(dtype), x.dtype)
 
 

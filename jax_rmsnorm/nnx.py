@@ -53,7 +53,7 @@ class RMSNorm(nnx.RMSNorm):
         zero_centered_gamma: store γ - 1 instead of γ.
         rounding: "once" at the end, or "before_gamma" as well (the normalised value, to x's dtype).
         sm_margin: streaming multiprocessors that the GPU kernels leave free; see `rms_norm`.
-        implementation: None (a kernel where there is one), "kernel" (an error otherwise) or "xla".
+        implementation: None (a kernel where there is one and it pays), "kernel" (an error otherwise) or "xla".
     """
 
     def __init__(

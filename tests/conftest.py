@@ -30,6 +30,7 @@ os.environ["PYTHONSAFEPATH"] = "1"
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import thresholds  # noqa: E402
+from thresholds import as_measured as as_measured  # noqa: E402
 
 thresholds.use(thresholds.ANY_SIZE)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

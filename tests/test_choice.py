@@ -9,22 +9,16 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import pytest
-import thresholds
 
 from jax_rmsnorm import DISABLED_EXPORT_CHECKS, _ffi, add_rms_norm, rms_norm, rms_norm_rope
 
-pytestmark = pytest.mark.skipif(
-    _ffi.CUDA.module is None, reason="the CUDA module is not part of this build"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        _ffi.CUDA.module is None, reason="the CUDA module is not part of this build"
+    ),
+    pytest.mark.usefixtures("as_measured"),
+]
 GAMMA = jax.ShapeDtypeStruct((128,), jnp.float32)
-
-
-@pytest.fixture(autouse=True)
-def as_measured():
-    """The sizes that users have."""
-    thresholds.use(thresholds.MEASURED)
-    yield
-    thresholds.use(thresholds.ANY_SIZE)
 
 
 def shape_of(*shape: int) -> jax.ShapeDtypeStruct:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from sharded import AXIS_TYPES, add_gradients, norm_gradients, rope_gradients
 
-from jax_rmsnorm import rms_norm
+from jax_rmsnorm import add_rms_norm, rms_norm
 
 pytestmark = needs_gpu_compiler
 BF16, F32 = jnp.bfloat16, jnp.float32
@@ -120,3 +121,25 @@ def test_copies_on_one_gpu():
         if 'custom_call_target="jax_rmsnorm_backward"' in line
     ]
     assert operands.count("%") == 6  # x, rrms, three dy, gamma
+
+
+@pytest.mark.usefixtures("as_measured")
+def test_as_plain_jax_an_addition_stays_with_the_product_before_it():
+    """Where a call for few elements is no kernel, its program moves no more than the formula's in plain JAX."""
+
+    def ours(x, matrix, residual, gamma):
+        return add_rms_norm(x @ matrix, residual, gamma)
+
+    def formula(x, matrix, residual, gamma):
+        h = x @ matrix + residual
+        wide = h.astype(F32)
+        rrms = jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-5)
+        return (wide * rrms * gamma).astype(h.dtype), h
+
+    mesh = make_mesh(AxisType.Auto, data=1)
+    x, matrix = shape_of(mesh, (512, 1024), BF16), shape_of(mesh, (1024, 1024), BF16)
+    operands = x, matrix, x, shape_of(mesh, (1024,), F32)
+    programs = [compile_for(mesh, f, *operands) for f in (ours, formula)]
+    assert kernels(programs[0]) == {}
+    passes = [re.findall(r"= (\S+) (?:fusion|custom-call)\(", p.as_text()) for p in programs]
+    assert passes[0] == passes[1]

@@ -59,6 +59,8 @@ def _reference_rule(
 ) -> list[jax.Array]:
     g = gamma[0] if gamma else None
     y, h, rrms = _reference.add_forward(x, addend, g, options, shards=shards)
+    if x.dtype == addend.dtype:
+        h = x + addend  # the same bits, and what the product that made x may write itself
     return [y, h, rrms] if save_rrms else [y, h]
 
 
