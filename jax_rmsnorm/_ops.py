@@ -69,7 +69,7 @@ def rms_norm(
         sm_margin: streaming multiprocessors that the GPU kernels leave to others, one number or a `SMMargin`. The
             result and x's gradient keep their bits whatever the margin; gamma's gradient is summed in another order.
             None reads the environment variables JAX_RMSNORM_{FORWARD,BACKWARD,INFERENCE}_SM_MARGIN, and where they
-            are not set JAX_RMSNORM_SM_MARGIN, when the call is traced.
+            are not set JAX_RMSNORM_SM_MARGIN, when the call is traced. Plain JAX leaves none free.
         implementation: None for the kernel where there is one and it pays (a GPU takes plain JAX for few elements,
             see docs/performance.md) and plain JAX elsewhere; "kernel" for the kernel at any size and an error
             elsewhere; "xla" for plain JAX.

@@ -157,12 +157,21 @@ def backward(
     return dx.astype(x.dtype), dgamma
 
 
-def add(x: jax.Array, addend: jax.Array) -> jax.Array:
-    """Returns h = x + addend in the compute dtype, rounded as x's dtype asks for."""
+def plain_sum(x: jax.Array, addend: jax.Array) -> jax.Array:
+    """Returns x + addend, rounded as x's dtype asks for: in that dtype if both have it, else in the compute dtype.
+
+    Of two of one dtype XLA can make it part of the product that made one of them.
+    """
+    if x.dtype == addend.dtype:
+        return x + addend
     dtype = compute_dtype(x.dtype, addend.dtype)
-    if x.dtype == addend.dtype:  # a sum that XLA can make part of the product before it
-        return _round_to((x + addend).astype(dtype), x.dtype)
     return _round_to(x.astype(dtype) + addend.astype(dtype), x.dtype)
+
+
+def add(x: jax.Array, addend: jax.Array) -> jax.Array:
+    """Returns `plain_sum` in the compute dtype, rounded for whatever is computed of it."""
+    dtype = compute_dtype(x.dtype, addend.dtype)
+    return _round_to(plain_sum(x, addend).astype(dtype), x.dtype)
 
 
 def add_forward(

@@ -29,10 +29,22 @@ os.environ["PYTHONSAFEPATH"] = "1"
 # JAX reads what is above as it is imported, hence the imports down here.
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
-import thresholds  # noqa: E402
-from thresholds import as_measured as as_measured  # noqa: E402
+import pytest  # noqa: E402
 
-thresholds.use(thresholds.ANY_SIZE)
+from jax_rmsnorm._primitives import choice  # noqa: E402
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("default")
+
+# The tests are of the kernels, also where a GPU would be better off with plain JAX.
+MEASURED = choice.LEAST_ELEMENTS, choice.LEAST_ELEMENTS_UNDIFFERENTIATED
+choice.LEAST_ELEMENTS = choice.LEAST_ELEMENTS_UNDIFFERENTIATED = 0
+
+
+@pytest.fixture
+def as_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain JAX for few elements, as users have it."""
+    least, undifferentiated = MEASURED
+    monkeypatch.setattr(choice, "LEAST_ELEMENTS", least)
+    monkeypatch.setattr(choice, "LEAST_ELEMENTS_UNDIFFERENTIATED", undifferentiated)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 from jax_rmsnorm import DISABLED_EXPORT_CHECKS, _ffi, add_rms_norm, rms_norm, rms_norm_rope
+from jax_rmsnorm.cli._train import backend
+from jax_rmsnorm.cli._train.config import PRESETS
 
 pytestmark = [
     pytest.mark.skipif(
@@ -98,3 +100,11 @@ def test_rows_whose_number_is_not_known_count_as_many():
         jax.jit(norm_of), platforms=["cuda"], disabled_checks=DISABLED_EXPORT_CHECKS
     )(jax.ShapeDtypeStruct((rows, 128), jnp.bfloat16), GAMMA)
     assert "jax_rmsnorm_forward" in exported.mlir_module()
+
+
+def test_the_training_example_names_what_its_steps_run():
+    """Though a norm of one of its sequences, without derivatives, would be plain JAX."""
+    config = PRESETS["gpu"]
+    assert kernels(norm_of, shape_of(config.seq, 128), GAMMA) == []
+    lowered = backend.trace_norm(config).lower(lowering_platforms=("cuda",)).as_text()
+    assert re.findall(r"custom_call @jax_rmsnorm_(\w+)", lowered) == ["forward", "backward"]

@@ -125,7 +125,7 @@ def test_copies_on_one_gpu():
 
 @pytest.mark.usefixtures("as_measured")
 def test_as_plain_jax_an_addition_stays_with_the_product_before_it():
-    """Where a call for few elements is no kernel, its program moves no more than the formula's in plain JAX."""
+    """Where a call for few elements is no kernel, its program has the same passes as the formula in plain JAX."""
 
     def ours(x, matrix, residual, gamma):
         return add_rms_norm(x @ matrix, residual, gamma)
@@ -141,5 +141,5 @@ def test_as_plain_jax_an_addition_stays_with_the_product_before_it():
     operands = x, matrix, x, shape_of(mesh, (1024,), F32)
     programs = [compile_for(mesh, f, *operands) for f in (ours, formula)]
     assert kernels(programs[0]) == {}
-    passes = [re.findall(r"= (\S+) (?:fusion|custom-call)\(", p.as_text()) for p in programs]
-    assert passes[0] == passes[1]
+    passes = [re.findall(r"= (.+?) (?:fusion|custom-call)\(", p.as_text()) for p in programs]
+    assert passes[0] == passes[1] != []

@@ -1,6 +1,9 @@
 // A sum over the threads that share a row whose elements lie now with one of them, now with another.
 #pragma once
 
+#include <cstdint>
+#include <type_traits>
+
 #include "packet.cuh"
 #include "reduce.cuh"
 
@@ -29,8 +32,8 @@ class CircleSum {
     }
   }
 
-  // The same of the squares of `values`, which are of type T, in fewer instructions where float32 has all of
-  // them exactly: half a bfloat16's lie below what it has.
+  // The same of the squares of `values`, which are of type T, in fewer instructions where all of them are
+  // exact in float32: float16's are, those of bfloat16 numbers below about 2^-68 are too small.
   template <typename T>
   __device__ __forceinline__ void AddSquares(int k, const float (&values)[kSize]) {
 #pragma unroll

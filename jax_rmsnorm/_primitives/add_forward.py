@@ -58,9 +58,8 @@ def _reference_rule(
     shards: Sequence[str] = (),
 ) -> list[jax.Array]:
     g = gamma[0] if gamma else None
-    y, h, rrms = _reference.add_forward(x, addend, g, options, shards=shards)
-    if x.dtype == addend.dtype:
-        h = x + addend  # the same bits, and what the product that made x may write itself
+    y, _, rrms = _reference.add_forward(x, addend, g, options, shards=shards)
+    h = _reference.plain_sum(x, addend).astype(x.dtype)  # the same bits, and maybe a product's own
     return [y, h, rrms] if save_rrms else [y, h]
 
 

@@ -30,7 +30,7 @@ _OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
         "implementation",
         {
             "choices": ("auto", "kernel", "xla"),
-            "help": "the norms: kernel where there is one (auto), or always one of the two",
+            "help": "the norms: kernel where there is one and it pays (auto), or always one of the two",
         },
     ),
     (

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,13 +59,22 @@ def choose_attention(config: Config) -> AttentionImplementation:
     return "cudnn"
 
 
+def trace_norm(config: Config) -> Any:
+    """A norm of this model's training step with its gradients, to be lowered."""
+
+    def gradients(x: jax.Array, gamma: jax.Array) -> Any:
+        norm = functools.partial(jax_rmsnorm.rms_norm, implementation=config.norm_implementation)
+        y, vjp = jax.vjp(norm, x, gamma)
+        return vjp(y)
+
+    x = jax.ShapeDtypeStruct((config.batch, config.seq, config.d_model), config.dtype)
+    return jax.jit(gradients).trace(x, jax.ShapeDtypeStruct((config.d_model,), jnp.float32))
+
+
 def _describe_norms(config: Config) -> str:
     """Names what a norm of this model is lowered to."""
-    x = jax.ShapeDtypeStruct((config.seq, config.d_model), config.dtype)
-    gamma = jax.ShapeDtypeStruct((config.d_model,), jnp.float32)
-    norm = jax.jit(jax_rmsnorm.rms_norm, static_argnames="implementation")
     try:
-        lowered = norm.lower(x, gamma, implementation=config.norm_implementation)
+        lowered = trace_norm(config).lower()
     except NotImplementedError as error:
         raise OptionError(f"--implementation: {error}") from error
     return "hand-written kernel" if "custom_call" in lowered.as_text() else "plain JAX"
