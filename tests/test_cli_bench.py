@@ -199,6 +199,15 @@ def test_a_loop_over_several_sets_runs_them_all(op, name):
     assert 0 < prepared.sample() < 1
 
 
+def test_what_each_run_costs_the_host_is_no_part_of_a_queued_sample(monkeypatch):
+    case, plan = Case("forward", 8, 96, "float32", "float32"), SEVERAL_SETS
+    plan = dataclasses.replace(plan, queued_runs=3)
+    prepared = timing.PreparedCall(Plain().call(case), case, inputs.draw(case, 3), plan)
+    monkeypatch.setattr(prepared, "_seconds", lambda runs: 0.5 + 0.25 * runs)
+    calls = 3 * plan.trips(case, 3)
+    assert prepared.sample() == pytest.approx(0.25 / calls)
+
+
 @pytest.mark.parametrize("op", shapes.OPS)
 def test_a_chain_neither_fades_nor_overflows(op):
     case = Case(op, 4, 256, "bfloat16", "bfloat16")

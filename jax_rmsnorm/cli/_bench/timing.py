@@ -37,6 +37,8 @@ class Plan:
         bytes_per_second, call_seconds: the guess of a call's time behind that.
         warm_up_runs: runs of the loop, untimed, before each measurement.
         sample_seconds: how long a measurement takes at the least; it repeats the loop until then, once or more.
+        queued_runs: if not 0, a measurement is the time of one run and so many more behind it, less that of one run
+            alone, in which starting it and waiting for its end, half a millisecond of the host, cancel out.
         min_rounds, max_rounds: measurements of each contender.
         budget_seconds: time after which no round beyond the first ``min_rounds`` starts.
     """
@@ -50,6 +52,7 @@ class Plan:
     call_seconds: float
     warm_up_runs: int
     sample_seconds: float
+    queued_runs: int
     min_rounds: int
     max_rounds: int
     budget_seconds: float
@@ -79,6 +82,7 @@ PLANS = {
         call_seconds=1e-5,
         warm_up_runs=1,
         sample_seconds=0.15,
+        queued_runs=0,
         min_rounds=9,
         max_rounds=25,
         budget_seconds=2.0,
@@ -89,11 +93,12 @@ PLANS = {
         min_sets=4,
         max_sets=128,
         chain_calls=64,
-        seconds=0.01,
+        seconds=0.005,
         bytes_per_second=3.5e12,
         call_seconds=2e-6,
         warm_up_runs=0,
         sample_seconds=0.0,
+        queued_runs=3,
         min_rounds=7,
         max_rounds=15,
         budget_seconds=1.0,
@@ -152,8 +157,15 @@ class PreparedCall(Prepared):
         self._loop = jax.jit(loop, donate_argnums=0).lower(self._state, arguments).compile()
         self._run()
 
-    def _run(self) -> None:
-        self._state = jax.block_until_ready(self._loop(self._state, self._arguments))
+    def _run(self, times: int = 1) -> None:
+        for _ in range(times):
+            self._state = self._loop(self._state, self._arguments)
+        jax.block_until_ready(self._state)
+
+    def _seconds(self, runs: int) -> float:
+        began = time.perf_counter()
+        self._run(runs)
+        return time.perf_counter() - began
 
     def results(self) -> Sequence[jax.Array]:
         _, results = self._state
@@ -162,6 +174,9 @@ class PreparedCall(Prepared):
     def sample(self) -> float:
         for _ in range(self._plan.warm_up_runs):
             self._run()
+        if queued := self._plan.queued_runs:
+            alone = self._seconds(1)
+            return (self._seconds(1 + queued) - alone) / (queued * self._calls_in_all)
         began = time.perf_counter()
         self._run()
         runs = 1

@@ -69,12 +69,13 @@ class _PreparedGraph(Prepared):
         make = _forward if case.op == "forward" else _backward
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            calls = [make(torch, norm, *map(torch.from_dlpack, inputs)) for inputs in sets]
+            # The graph reads them at each replay, what the forward saved for a backward included.
+            self._held = [make(torch, norm, *map(torch.from_dlpack, inputs)) for inputs in sets]
 
             def run() -> list[Any]:
                 if not chain:
-                    return [call(head) for call, head in calls]
-                call, head = calls[0]
+                    return [call(head) for call, head in self._held]
+                call, head = self._held[0]
                 results = call(head)
                 for _ in range(self._calls - 1):
                     results = call(results[0])
