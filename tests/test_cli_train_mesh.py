@@ -13,11 +13,12 @@ import pytest
 from checks import needs_8_devices
 from compiled import collectives, kernels
 
+from jax_rmsnorm.cli import _layout
 from jax_rmsnorm.cli._errors import OptionError
+from jax_rmsnorm.cli._layout import Layout
 from jax_rmsnorm.cli._train import checkpoint, layout
 from jax_rmsnorm.cli._train.config import PRESETS, Config
 from jax_rmsnorm.cli._train.history import History
-from jax_rmsnorm.cli._train.layout import Layout
 from jax_rmsnorm.cli._train.step import State, build
 
 pytestmark = needs_8_devices
@@ -35,7 +36,7 @@ MESHES = pytest.mark.parametrize(
 
 
 def make(mesh: str, config: Config) -> Layout:
-    return layout.make(layout.parse(mesh), config)
+    return layout.make(_layout.parse(mesh), config)
 
 
 class Program(NamedTuple):

@@ -16,12 +16,12 @@ from flax import nnx
 from rich.console import Console
 
 from jax_rmsnorm.cli._errors import CommandError
+from jax_rmsnorm.cli._layout import Layout
 from jax_rmsnorm.cli._train.config import PRESETS, Config
 from jax_rmsnorm.cli._train.corpus import Corpus
 from jax_rmsnorm.cli._train.generate import sample
 from jax_rmsnorm.cli._train.history import History, Throughput
 from jax_rmsnorm.cli._train.interrupt import StopOnInterrupt
-from jax_rmsnorm.cli._train.layout import Layout
 from jax_rmsnorm.cli._train.loop import Job, train
 from jax_rmsnorm.cli._train.model import normalize_and_rotate, rotary_angles
 from jax_rmsnorm.cli._train.progress import reporter

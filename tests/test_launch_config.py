@@ -84,16 +84,18 @@ def in_windows(case: Case, config: dict[str, Any]) -> bool:
     return case.hidden % config["width"] != 0
 
 
-def mapping(case: Case, config: dict[str, Any]) -> dict[str, Any]:
+def mapping(case: Case, direction: str, config: dict[str, Any]) -> dict[str, Any]:
     """Which thread has which elements, and the order in which sums are added up.
 
-    The sums of windows are added up by strips, which a staged row deals out as a cluster of any size does, and of
-    which two warps may share one. A fourth window that is always empty makes no difference.
+    The sums of windows, and of long rows in a forward, are added up by strips, which a staged row deals out as a
+    cluster of any size does, and of which two warps may share one. A fourth window that is always empty makes no
+    difference.
     """
+    staged_or_cluster = config["method"] == "staged" or config["scope"] == "cluster"
+    if staged_or_cluster and (in_windows(case, config) or direction == "forward"):
+        return {"width": config["width"]}
     if not in_windows(case, config) or config["scope"] == "loop":
         return {name: config[name] for name in MAPPING}
-    if config["method"] == "staged" or config["scope"] == "cluster":
-        return {"width": config["width"]}
     windows = config["packets"] * config["share"]
     return {
         "scope": config["scope"],
@@ -158,7 +160,7 @@ def test_kernel(case):
     for direction, config in case.both().items():
         if kernel(config) in ("few", "plain", "staged", "windows"):
             assert (kernel(config) == "few") == (direction == "backward")
-            assert config["cluster"] == 1 or kernel(config) in ("few", "windows")
+            assert config["cluster"] == 1 or kernel(config) != "staged"
         if kernel(config) == "few":
             assert case.alignment != "none"
             assert case.margin == 0
@@ -179,6 +181,29 @@ def test_kernel(case):
             case.max_cluster > 1
             and (kernel(config) == "few" or (direction == "forward" and not persistent(config)))
         )
+
+
+@settings(max_examples=300)
+@given(
+    st.integers(1025, 131_072 // 8),
+    st.integers(1, 2**20),
+    st.sampled_from(["bfloat16", "float32"]),
+    st.sampled_from(["bfloat16", "float32"]),
+)
+def test_long_rows_forward(packets, rows, x, gamma):
+    """Few stay in registers, many that an SM has room for three of are staged, longer ones go through a ring."""
+    hidden = packets * 16 // SIZES[x]
+    config = cuda.forward_config(rows=rows, hidden=hidden, x=x, gamma=gamma)
+    ring = cuda.forward_config(rows=rows, hidden=hidden, x=x, gamma=gamma, margin=1)
+    assert (ring["method"], ring["scope"]) == ("ring", "cluster")
+    cluster = ring["cluster"]
+    rounds = 4 if cluster > 2 or SIZES[gamma] > SIZES[x] else 8
+    if rows * cluster <= rounds * 132:
+        assert (config["method"], config["cluster"]) == ("plain", cluster)
+        assert config["grid"] == rows * cluster
+    else:
+        staged = hidden <= 24 * 1024 and 3 * (hidden * SIZES[x] + 16 + 7 * 1024) <= 227 * 1024
+        assert config["method"] == ("staged" if staged else "ring")
 
 
 @given(st.integers(2049, 24_576), st.integers(1, 2**20), st.sampled_from(["bfloat16", "float32"]))
@@ -221,7 +246,7 @@ def test_the_mapping_depends_on_the_row_alone(case, other):
     changes = {name: getattr(other, name) for name in names}
     for direction, config in case.both().items():
         changed = case.both(**changes)[direction]
-        assert mapping(case, config) == mapping(case, changed)
+        assert mapping(case, direction, config) == mapping(case, direction, changed)
 
 
 @settings(max_examples=300)
@@ -294,7 +319,10 @@ def test_shared_memory(case):
 def test_few_rows_stay_in_the_cache(case):
     config = case.backward()
     if kernel(config) == "few":
-        assert case.groups * case.rows * case.hidden * SIZES[case.x] <= 4 << 20
+        elements = case.groups * case.rows * case.hidden
+        read = SIZES[case.x] * (2 if case.fusion == "add" else 1) + SIZES[case.dy]
+        assert elements * read <= 24 << 20
+        assert not in_windows(case, config) or elements * SIZES[case.x] <= 4 << 20
 
 
 @settings(max_examples=300)

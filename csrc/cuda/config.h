@@ -12,14 +12,14 @@ namespace jax_rmsnorm {
 enum class Scope : int32_t {
   kLanes,    // part of a warp, or a whole one: shuffles only, no shared memory, no barrier
   kBlock,    // a block
-  kCluster,  // a cluster of blocks, each with a slice of the row; sums meet in distributed shared memory
+  kCluster,  // a cluster of blocks, or a block alone; sums meet in distributed shared memory
   kLoop,     // a block that reads the row twice: rows too long for all of the above
 };
 
 // How a kernel gets at its rows.
 enum class Method : int32_t {
   kPlain,   // straight into registers; the hardware deals out blocks of one row, or of a few
-  kStaged,  // the same by way of shared memory: long rows
+  kStaged,  // the same by way of shared memory: long rows, many of them
   kRing,    // persistent blocks, fed by asynchronous copies: one an SM, or several where the forward has rows
             // that are not aligned
   kWindows,  // rows that are not aligned, straight into registers: few, or too long for a ring
@@ -33,7 +33,7 @@ enum class Alignment : int32_t {
   kNone,
 };
 
-constexpr int kMaxThreads = 512;  // a block, at up to 128 registers each
+constexpr int kMaxThreads = 512;  // a block, at up to 128 registers each, of which an SM has as many
 constexpr int kMaxCluster = 16;   // blocks
 
 constexpr int kLanesThreads =
@@ -122,6 +122,7 @@ struct LaunchConfig {
   int rows = 1;                    // that a slot takes at a time
   int block = 32;                  // threads a block
   int cluster = 1;                 // blocks a row
+  bool few = false;                // kPlain: rows are so few that a thread may have more registers
   int ahead = 0;                   // rows that a ring copies ahead; 0: as RowsAhead says, or two
   int64_t grid = 0;                // blocks; a multiple of `cluster`
   bool dependent = false;          // launched while the stream's last kernel ends, which it waits for

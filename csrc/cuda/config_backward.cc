@@ -54,18 +54,21 @@ LaunchConfig BackwardLayout(const Device& device, const Ring& ring, int64_t pack
   return crumbs && three.scope == Scope::kCluster && three.block > config.block ? three : config;
 }
 
-// Whether rows are so few that dx and dgamma are better computed side by side: all of x and dy stays in the
-// L2 cache, a tile of dgamma has few rows for each of its threads, and the blocks find room, two on an SM;
-// clusters of larger ones in two rounds.
-bool AreFew(const Device& device, const Shape& shape, DType x, const LaunchConfig& config, bool windows) {
+// Whether rows are so few that dx and dgamma are better computed side by side: all that is read, of
+// `element_bytes` for each element, stays in the L2 cache, a tile of dgamma has few rows for each of its
+// threads, and the blocks find room, two on an SM; clusters of larger ones in two rounds.
+bool AreFew(const Device& device, const Shape& shape, DType x, int64_t element_bytes, bool windows,
+            int gradients, const LaunchConfig& config) {
   const int64_t rows = shape.groups * shape.rows, places = int64_t{2} * device.sm_count;
   if (windows && config.cluster > 1) {
     const int64_t tiles = CeilDiv(shape.hidden, int64_t{kMostTilePackets} * config.width) * shape.groups;
     const int64_t resident = ResidentBlocks(device, config.cluster, 0);
     if (rows + CeilDiv(tiles, config.cluster) > 2 * resident) return false;
   }
-  return rows * shape.hidden * SizeOf(x) <= kFewBytes && shape.rows <= 4 * config.block &&
-         (config.cluster == 1 || rows * config.cluster <= places) &&
+  const int64_t elements = rows * shape.hidden, rounds = windows || gradients > 1 ? 1 : 2;
+  const bool cached = windows ? elements * SizeOf(x) <= kFewBytes : elements * element_bytes <= kFewReadBytes;
+  return cached && shape.rows <= 4 * config.block &&
+         (config.cluster == 1 || rows * config.cluster <= rounds * places) &&
          shape.hidden <= places * kMostTilePackets * config.width;
 }
 
@@ -115,7 +118,7 @@ LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x
   if (!ring.aligned && few.scope != Scope::kLoop) ShareWindows(&few);
   few.block = few.scope == Scope::kCluster ? few.threads_per_row : std::max(few.threads_per_row, kFewThreads);
   if (!rotary && config.scope != Scope::kLoop && margin == 0 &&
-      AreFew(device, shape, x, few, !ring.aligned)) {
+      AreFew(device, shape, x, element_bytes, !ring.aligned, fused.gradients, few)) {
     config = few;
     config.method = Method::kFew;
     config.dependent = device.dependent_launch;

@@ -11,11 +11,13 @@ int64_t AlikeIfNear(int64_t blocks, int64_t hidden, int width, int64_t slots) {
   return 8 * fewer >= 7 * blocks ? fewer : blocks;
 }
 
+// Packets of an aligned row that a block of ForwardKernel can have and be no more than a quarter of an SM.
+constexpr int64_t kMostPackets = 1024;
+
 // A row that a block stages in shared memory.
 LaunchConfig Staged(int64_t hidden, int width, DType x) {
-  constexpr int64_t kLeast = kStripWindows;
-  const int64_t packets = CeilDiv(hidden, width);
-  LaunchConfig config = Block(packets, static_cast<int>(std::max(kLeast, CeilDiv(packets, kMaxThreads))));
+  LaunchConfig config = Block(CeilDiv(hidden, width), kStripWindows);
+  config.block = config.threads_per_row = std::min(config.block, kMaxThreads);
   config.method = Method::kStaged;
   config.width = width;
   config.shared_memory = StageBytes(hidden * SizeOf(x));
@@ -31,10 +33,28 @@ LaunchConfig ForwardLayout(const Device& device, const Ring& ring, int64_t packe
     const LaunchConfig three = Lanes(packets, 3, kBlock);
     return 3 * three.threads_per_row < config.packets * config.threads_per_row ? three : config;
   }
-  if (ring.PlaceBlock(packets, kPerThread, &config)) return config;
+  if (packets <= kMostPackets && ring.PlaceBlock(packets, kPerThread, &config)) return config;
   config = ring.PlaceCluster(device, packets, kPerThread);
   if (config.scope == Scope::kCluster && config.block <= kSmallBlock) config.ahead = 2;
   return config;
+}
+
+// How the long rows that ForwardLayout gave a cluster get there: few straight into registers; many by way of
+// shared memory, as long as an SM has room for three; longer ones, and all with a margin, by a ring. The bits
+// are the same.
+void ChooseLong(const Device& device, const Ring& ring, int64_t rows, int64_t hidden, DType x,
+                bool wide_gamma, int margin, LaunchConfig* config) {
+  constexpr int kStages = 3;
+  constexpr int64_t kMostStaged = 24 * 1024;  // elements
+  // Of blocks, as many as there are SMs, each of which has room for two or more.
+  const int64_t rounds = wide_gamma || config->cluster > 2 ? 4 : 8;
+  if (margin == 0 && rows * config->cluster <= rounds * device.sm_count) return;
+  const int64_t stage = StageBytes(hidden * SizeOf(x)) + kOtherSharedMemory;
+  if (margin == 0 && hidden <= kMostStaged && kStages * stage <= device.shared_memory) {
+    *config = Staged(hidden, config->width, x);
+  } else {
+    ring.Fill(config, kMaxThreads);
+  }
 }
 
 // Many rows of windows for clusters of blocks, several of which an SM has place for: the clusters of which
@@ -107,12 +127,11 @@ LaunchConfig UnalignedForwardLayout(const Device& device, int64_t rows, int64_t 
 }
 
 // With an addend no block is persistent: a row is the hardware's to deal out, whatever the margin.
-LaunchConfig AddLayout(const Device& device, const Ring& ring, int64_t hidden, DType x,
-                       int64_t most_packets) {
+LaunchConfig AddLayout(const Device& device, const Ring& ring, int64_t hidden, DType x) {
   if (!ring.aligned) return Loop();
   const int64_t packets = hidden / ring.width;
   LaunchConfig config =
-      packets <= most_packets ? ForwardLayout(device, ring, packets) : Staged(hidden, ring.width, x);
+      packets <= kMostPackets ? ForwardLayout(device, ring, packets) : Staged(hidden, ring.width, x);
   if (config.shared_memory > ring.room) config = Loop();
   config.width = ring.width;
   return config;
@@ -122,12 +141,10 @@ LaunchConfig AddLayout(const Device& device, const Ring& ring, int64_t hidden, D
 
 LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x, DType gamma,
                               Alignment alignment, int margin, const Fused& fused) {
-  // Packets of a row that a block of ForwardKernel can have and be no more than a quarter of an SM. Where
-  // there are no more rows than SMs, longer ones have an SM each, and the same bits without the way through
-  // shared memory.
-  constexpr int64_t kMostPackets = 1024;
-  const bool an_sm_each = shape.groups * shape.rows <= UsableSMs(device, margin);
   constexpr int kRotaryBlock = 128;
+  constexpr int kFewPerSM = 512;  // threads that an SM has twice the registers for
+  const int64_t rows = shape.groups * shape.rows;
+  const bool wide_gamma = SizeOf(gamma) > SizeOf(x);
   const auto width = static_cast<int>(16 / SizeOf(x));
   const int64_t room = device.shared_memory - kOtherSharedMemory;
   const Ring ring{width * SizeOf(x), 16, alignment == Alignment::kRows, width, room};
@@ -135,19 +152,17 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
   if (fused.fusion == Fusion::kRotary) {
     config = RotaryLayout(shape.hidden, width, fused, margin > 0 ? kFusedThreads : kRotaryBlock);
   } else if (fused.fusion == Fusion::kAdd) {
-    config = AddLayout(device, ring, shape.hidden, x, kMostPackets);
+    config = AddLayout(device, ring, shape.hidden, x);
   } else if (ring.aligned) {
     config = ForwardLayout(device, ring, shape.hidden / width);
     config.width = width;
-    const bool one_block = config.scope == Scope::kLanes || config.scope == Scope::kBlock;
-    if (config.scope == Scope::kCluster || (one_block && margin > 0)) {
+    if (config.scope == Scope::kCluster) {
+      ChooseLong(device, ring, rows, shape.hidden, x, wide_gamma, margin, &config);
+    } else if (config.scope != Scope::kLoop && margin > 0) {
       ring.Fill(&config, kMaxThreads);
-    } else if (one_block && shape.hidden / width > kMostPackets && !an_sm_each) {
-      config = Staged(shape.hidden, width, x);
     }
   } else if (alignment == Alignment::kTensors) {
-    config = UnalignedForwardLayout(device, shape.groups * shape.rows, shape.hidden, width, x, room,
-                                    SizeOf(gamma) > SizeOf(x), margin);
+    config = UnalignedForwardLayout(device, rows, shape.hidden, width, x, room, wide_gamma, margin);
   } else {
     config = Loop();
   }
@@ -164,7 +179,7 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
     if (config.method == Method::kRing) {  // rows that are not aligned, in several blocks an SM
       constexpr int kRows = 2;             // one is copied while the other is worked on
       config.shared_memory = kRows * ring.PlaceBytes(config);
-      const int threads = WindowsPerSM(SizeOf(gamma) > SizeOf(x), config.packets);
+      const int threads = WindowsPerSM(wide_gamma, config.packets);
       if (config.scope == Scope::kCluster) {
         most = config.grid;
       } else {
@@ -172,7 +187,8 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
         most = AlikeIfNear(most, shape.hidden, width, slots);
       }
     }
-    config.grid = std::min(CeilDiv(shape.groups * shape.rows, slots * config.rows), most) * config.cluster;
+    config.grid = std::min(CeilDiv(rows, slots * config.rows), most) * config.cluster;
+    config.few = config.grid * config.block <= int64_t{kFewPerSM} * device.sm_count;
     config.dependent = device.dependent_launch;
   }
   return config;

@@ -12,37 +12,44 @@
 
 namespace jax_rmsnorm {
 
-// Grid: each item is one row for every `threads_per_row` threads of the block; items are dealt out with the
-// grid as stride. kSize elements a packet, kPackets packets a thread, held in registers between the sum and
-// the write; gamma, of type G, is loaded before the sum where there are registers for it.
+// Blocks an SM for which the compiler keeps registers.
+template <typename G, typename A, Scope kScope, bool kFew>
+constexpr int kForwardBlocks = kFew                                        ? 1
+                               : !std::is_void_v<A>                        ? 3
+                               : kScope == Scope::kLanes && sizeof(G) == 4 ? 1
+                                                                           : 2;
+
+// Grid: each item is one row for every `threads_per_row` threads of the block (or for the cluster); items are
+// dealt out with the grid as stride. kSize elements a packet, kPackets packets a thread, held in registers
+// between the sum and the write; gamma, of type G, is loaded before the sum where there are registers for it:
+// with kFew always.
 //
 // Preconditions: hidden is a multiple of kSize and all rows are aligned to packets, of 16 bytes at the most;
-// the row fits, hidden <= kSize * kPackets * threads_per_row.
-template <typename T, typename G, typename A, int kSize, int kPackets, Scope kScope>
-__global__ __launch_bounds__(std::is_void_v<A> ? kMaxThreads : kFusedThreads,
-                             (kScope == Scope::kLanes && sizeof(G) == 4 ? 1 : 2) +
-                                 (std::is_void_v<A>
-                                      ? 0
-                                      : 1)) void ForwardKernel(const __grid_constant__ ForwardParams params) {
-  constexpr bool kEarlyGamma = kPackets * Packet<G, kSize>::kRegisters <= 16;
+// the row fits, hidden <= kSize * kPackets * threads_per_row * blocks of the cluster.
+template <typename T, typename G, typename A, int kSize, int kPackets, Scope kScope, bool kFew = false>
+__global__ __launch_bounds__(
+    std::is_void_v<A> ? kMaxThreads : kFusedThreads,
+    kForwardBlocks<G, A, kScope, kFew>) void ForwardKernel(const __grid_constant__ ForwardParams params) {
+  constexpr bool kEarlyGamma = kFew || kPackets * Packet<G, kSize>::kRegisters <= 16;
   const ForwardArgs& args = params.args;
   const Arithmetic& arithmetic = args.arithmetic;
   const T* x = static_cast<const T*>(args.x);
   const G* gamma = static_cast<const G*>(args.gamma);
   const int hidden = static_cast<int>(args.shape.hidden);
   const int64_t rows = args.shape.groups * args.shape.rows;
+  const ClusterPlace<kScope> place;
   const Slots<kScope> slots(params.threads_per_row);
   const int threads = slots.threads, thread = slots.thread;
-  RowSum<kScope> row_sum(threads);
+  WholeRowSum<kScope> row_sum(threads, slots.number, thread);
   LaunchDependents();
   WaitForPrimary();
 
-  const auto column = [&](int k) { return (k * threads + thread) * kSize; };
+  const auto column = [&](int k) { return PacketInRow<kScope, kPackets>(place, threads, thread, k) * kSize; };
   // What gamma's packets lack: one if it is zero-centered, or if there is none, whose packets are zero; else
   // -0, which changes the bits of no number. Branches would cost a kernel for few rows a tenth of its time.
   const float gamma_offset = gamma == nullptr || arithmetic.zero_centered_gamma ? 1.0f : -0.0f;
 
-  int64_t item = blockIdx.x;
+  int64_t item = blockIdx.x / place.blocks;
   do {
     const int64_t row = item * slots.count + slots.number;
     const bool live = row < rows;  // the others take part in the sums only
@@ -77,7 +84,7 @@ __global__ __launch_bounds__(std::is_void_v<A> ? kMaxThreads : kFusedThreads,
     sum = row_sum(sum);
     if (!live) continue;
     const float rrms = rsqrtf(sum * params.inverse_hidden + arithmetic.eps);
-    if (args.rrms != nullptr && thread == 0) args.rrms[row] = rrms;
+    if (args.rrms != nullptr && thread == 0 && place.rank == 0) args.rrms[row] = rrms;
 
     float factor = rrms;
     if (arithmetic.round_before_gamma) {  // to T, as the packets are
@@ -107,7 +114,7 @@ __global__ __launch_bounds__(std::is_void_v<A> ? kMaxThreads : kFusedThreads,
         y.Store(static_cast<Y*>(args.y) + start + column(k), inside);
       }
     });
-  } while ((item += gridDim.x) < params.items);
+  } while ((item += gridDim.x / place.blocks) < params.items);
 }
 
 // Grid: a block a row, rows dealt out with the grid as stride. Any hidden size: reads the row twice. kSize =
@@ -162,6 +169,16 @@ template <typename T, typename G, typename A, int kSize>
 auto FindForwardPlain(const LaunchConfig& config) -> void (*)(ForwardParams) {
   constexpr int kBytes = kSize * static_cast<int>(sizeof(T));
   constexpr int kMany = ForwardPackets(kSize, sizeof(T));
+  if constexpr (kBytes == 16 && std::is_void_v<A>) {
+    if (config.scope == Scope::kCluster) {
+      return config.few ? ForwardKernel<T, G, A, kSize, 4, Scope::kCluster, true>
+                        : ForwardKernel<T, G, A, kSize, 4, Scope::kCluster>;
+    }
+    if (config.few && config.packets == 4) {
+      return config.scope == Scope::kBlock ? ForwardKernel<T, G, A, kSize, 4, Scope::kBlock, true>
+                                           : ForwardKernel<T, G, A, kSize, 4, Scope::kLanes, true>;
+    }
+  }
   if constexpr (kBytes == 16) {
     if (config.packets == 1) return ForwardKernel<T, G, A, kSize, 1, Scope::kLanes>;
     if (config.packets == 2) return ForwardKernel<T, G, A, kSize, 2, Scope::kLanes>;

@@ -32,7 +32,7 @@ __global__ __launch_bounds__(kMaxThreads,
   int column[kPackets];
 #pragma unroll
   for (int k = 0; k < kPackets; ++k) {
-    column[k] = ((k * place.blocks + place.rank) * threads + thread) * kSize;
+    column[k] = PacketInRow<kScope, kPackets>(place, threads, thread, k) * kSize;
   }
   const int64_t items = args.shape.groups * params.blocks_per_group;
   unsigned turn = 0;  // counted on from item to item, for row_sum

@@ -1,4 +1,5 @@
-// The forward kernel that stages its row in shared memory: rows too long for the registers of a small block.
+// The forward kernel that stages its row in shared memory: many rows, too long for the registers of a small
+// block.
 #pragma once
 
 #include "forward_common.cuh"
@@ -7,8 +8,8 @@ namespace jax_rmsnorm {
 
 // Grid: a block a row, rows dealt out with the grid as stride.
 //
-// Rows that are not aligned lie in windows, which are dealt out to the warps in strips. Their sums are added
-// up as ForwardWindowsKernel does in a cluster.
+// The sums of a row's strips (see PacketInRow), which are dealt out to the warps, are added up as a cluster
+// of any size does. Rows that are not aligned lie in windows.
 //
 // Preconditions: the tensors are aligned to 16 bytes, with kAligned all rows too; the row fits into the
 // shared memory, StageBytes of it.
@@ -26,8 +27,7 @@ __global__ __launch_bounds__(kMaxThreads, kAligned || sizeof(G) < 4 ? 3 : 2) voi
   const int first = static_cast<int>(threadIdx.x) * kSize;
   const int step = static_cast<int>(blockDim.x) * kSize;
   const uint32_t memory = SharedAddress(shared);
-  __shared__ float strip_sums[kAligned ? 1 : kMaxCluster * kMaxWarps];
-  RowSum<Scope::kBlock> row_sum(blockDim.x);
+  __shared__ float strip_sums[kMaxCluster * kMaxWarps];
   LaunchDependents();
   WaitForPrimary();
 
@@ -63,20 +63,22 @@ __global__ __launch_bounds__(kMaxThreads, kAligned || sizeof(G) < 4 ? 3 : 2) voi
       WaitCopies<0>();
     }
 
-    float sum = 0.0f;
-    if constexpr (kAligned) {  // each thread reads what it copied
-#pragma unroll 4
-      for (int column = first; column < hidden; column += step) {
-        float values[kSize];
-        read(column).Get(values);
-        sum += SumOfSquares(values);
-      }
-      sum = row_sum(sum);
-    } else {
-      __syncthreads();
-      const int lane = static_cast<int>(threadIdx.x) % 32, warps = static_cast<int>(blockDim.x) / 32;
-      const int strips = (stop + kStripSize - 1) / kStripSize;
-      for (int s = static_cast<int>(threadIdx.x) / 32; s < strips; s += warps) {
+    __syncthreads();
+    const int lane = static_cast<int>(threadIdx.x) % 32, warps = static_cast<int>(blockDim.x) / 32;
+    const int strips = (stop + kStripSize - 1) / kStripSize;
+    for (int s = static_cast<int>(threadIdx.x) / 32; s < strips; s += warps) {
+      float part = 0.0f;
+      if constexpr (kAligned) {
+        const int column = s * kStripSize + lane * kSize;
+#pragma unroll
+        for (int k = 0; k < kStripWindows; ++k) {
+          if (column + k * 32 * kSize >= hidden) break;
+          float values[kSize];
+          read(column + k * 32 * kSize).Get(values);
+          part += SumOfSquares(values);
+        }
+        part = SumWarp(part);
+      } else {
         const StripOfWarp strip(s * kStripSize, 32, lane, 0);
         const auto window = [&](int k) {
           Packet<T, kSize> packet;
@@ -93,12 +95,12 @@ __global__ __launch_bounds__(kMaxThreads, kAligned || sizeof(G) < 4 ? 3 : 2) voi
           packet.Get(values);
           circle.template AddSquares<T>(k, values);
         }
-        const float part = circle.Over(32);
-        if (lane == 0) strip_sums[s] = part;
+        part = circle.Over(32);
       }
-      __syncthreads();
-      sum = SumMany(SharedAddress(strip_sums), strips);
+      if (lane == 0) strip_sums[s] = part;
     }
+    __syncthreads();
+    const float sum = SumMany(SharedAddress(strip_sums), strips);
     const float rrms = rsqrtf(sum * params.inverse_hidden + arithmetic.eps);
     if (args.rrms != nullptr && threadIdx.x == 0) args.rrms[row] = rrms;
 
@@ -146,7 +148,7 @@ __global__ __launch_bounds__(kMaxThreads, kAligned || sizeof(G) < 4 ? 3 : 2) voi
         write(at, std::false_type{});
       }
     }
-    if constexpr (!kAligned) __syncthreads();  // the row is read no more
+    __syncthreads();  // the row is read no more
   }
 }
 

@@ -66,7 +66,7 @@ cudaError_t LaunchKernel(void (*kernel)(Params), const Params& params, const Lau
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
   }
-  if (config.scope == Scope::kCluster) {
+  if (config.cluster > 1) {
     attributes[count].id = cudaLaunchAttributeClusterDimension;
     attributes[count++].val.clusterDim = {static_cast<unsigned>(config.cluster), 1, 1};
   }

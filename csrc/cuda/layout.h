@@ -12,6 +12,8 @@ namespace jax_rmsnorm {
 
 constexpr int kWarp = 32;
 constexpr int64_t kFewBytes = 4 << 20;  // of x, where rows are few: one round of blocks, or hardly more
+// Of all that a backward of few aligned rows reads, and reads again from the L2 cache.
+constexpr int64_t kFewReadBytes = 24 << 20;
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -156,9 +158,8 @@ struct Ring {
     return Bytes(*config) <= room;
   }
 
-  // A row for as few blocks of a cluster as have room for it.
+  // A row for as few blocks of a cluster as have room for it; for one, if that has.
   LaunchConfig PlaceCluster(const Device& device, int64_t packets, int per_thread) const {
-    if (device.max_cluster == 1) return Loop();
     for (int cluster = ClusterFor(packets, per_thread, kMaxThreads); cluster <= device.max_cluster;
          cluster *= 2) {
       const LaunchConfig config = Cluster(packets, per_thread, cluster);

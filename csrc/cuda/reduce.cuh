@@ -108,6 +108,20 @@ struct ClusterPlace {
   }
 };
 
+// Which packet of the row a thread's packet k is. Long rows (kCluster) lie in strips, of 32 * kPackets
+// packets in a row, one for each warp: the order in which they are added up is the same for any number of
+// warps and blocks.
+template <Scope kScope, int kPackets>
+__device__ __forceinline__ int PacketInRow(const ClusterPlace<kScope>& place, int threads, int thread,
+                                           int k) {
+  if constexpr (kScope == Scope::kCluster) {
+    const int strip = place.rank * (threads / 32) + thread / 32;
+    return (strip * kPackets + k) * 32 + thread % 32;
+  } else {
+    return k * threads + thread;
+  }
+}
+
 // One sum after another over a row's threads: part of a warp, or those of a block's slot. Successive sums
 // alternate between two buffers, so that one barrier a sum is enough: a buffer is written again only after
 // the barrier that follows its last reading. Of kShare warps in a row that have the same value only the first

@@ -18,7 +18,7 @@ from .._partitioning import GAMMA, HIDDEN, Axes, Dims, row_dims
 
 KERNEL_DTYPES = frozenset(map(np.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 
-_MOST_PARTIAL_ROWS = 2048
+_MOST_PARTIAL_ROWS = 256  # no GPU has more SMs, and no persistent kernel more blocks
 _LEAST_PARTIAL_ROWS = 64
 _PARTIAL_ELEMENTS = 2**22
 _MOST_SHIFTS = 8  # of rows against multiples of 16 bytes: there are as many elements of two
@@ -122,7 +122,7 @@ def sum_dgamma(
 def _scratch_shape(x_shape: tuple[Any, ...], gamma_shape: tuple[Any, ...]) -> tuple[Any, ...]:
     """[*groups, partial rows, H] of float32 for dgamma, from the shape alone, so that tracing needs no device.
 
-    Partial rows bound the number of blocks that share a group's rows. They come to 16 MiB for any H from 2,048 to
+    Partial rows bound the number of blocks that share a group's rows. They come to 16 MiB for any H from 16,384 to
     65,536, and less below, or to one row a group where there are many groups; where not every row begins at a
     multiple of 16 bytes, to one for each distance from there.
     """

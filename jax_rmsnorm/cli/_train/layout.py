@@ -1,31 +1,18 @@
-"""Where a run's arrays are on a mesh of devices: batches, parameters, and activations between the products.
+"""Where a run's parameters are on a mesh of devices.
 
-``data`` splits batches. So does ``fsdp``, which also keeps parameters and the optimiser's state in parts: a parameter
-is gathered where it is used. ``tensor`` splits heads and the SwiGLU's hidden size, as Megatron-LM does
-(https://arxiv.org/abs/1909.08053), and in front of and behind them the residual stream by positions
-(https://arxiv.org/abs/2205.05198). XLA puts the communication in. Whatever the mesh, a norm's rows stay whole, and each
-device runs the kernels on its share of them.
+Whatever the mesh, a norm's rows stay whole, and each device runs the kernels on its share of them.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import re
 from collections.abc import Mapping
-from typing import Any
 
-import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from .._errors import OptionError
+from .._layout import BATCH_AXES, Layout, make_mesh
 from .config import Config
 
-AXES = ("data", "fsdp", "tensor")
-_BATCH = ("data", "fsdp")
-# Of the leaves whose path ends so: the first that fits. In the optimiser's state, a parameter's path ends the paths of
-# what is kept of it. A vocabulary of bytes makes it cheaper to gather the outer two kernels than to move activations.
+# A vocabulary of bytes makes it cheaper to gather the outer two kernels than to move activations.
 _PARAMETERS = (
     (r"(query|key|value|gate|up)/kernel$", P("fsdp", "tensor")),
     (r"(out|down)/kernel$", P("tensor", "fsdp")),
@@ -36,124 +23,21 @@ _PARAMETERS = (
 _ONE_KV_HEAD = (r"(key|value)/kernel$", P("fsdp"))
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How arrays are split over the devices of a mesh.
-
-    Attributes:
-        mesh: has all `AXES`; None: everything is on JAX's default device.
-        splits_kv_heads: over ``tensor``; a single one is on each of its devices.
-    """
-
-    mesh: Mesh | None = None
-    splits_kv_heads: bool = True
-
-    @property
-    def windows(self) -> NamedSharding | None:
-        """Of windows [batch, seq + 1]."""
-        return None if self.mesh is None else NamedSharding(self.mesh, P(_BATCH))
-
-    def shardings(self, tree: Any) -> Any:
-        """Of parameters, or of a whole state."""
-        if self.mesh is None:
-            return None
-        mesh = self.mesh
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: NamedSharding(mesh, self._parameter_spec(path)), tree
-        )
-
-    def by_position(self, x: jax.Array) -> jax.Array:
-        """x [batch, seq, …] as the residual stream is split."""
-        return self._constrain(x, "tensor")
-
-    def whole_sequences(self, x: jax.Array) -> jax.Array:
-        """x [batch, seq, …] as the products with a kernel's columns read it: on all devices of ``tensor``."""
-        return self._constrain(x)
-
-    def by_feature(self, x: jax.Array) -> jax.Array:
-        """x [batch, seq, features or heads, …] as these products write it."""
-        return self._constrain(x, None, "tensor")
-
-    def by_kv_head(self, x: jax.Array) -> jax.Array:
-        """The same of keys and values [batch, seq, kv heads, head_dim]."""
-        return self.by_feature(x) if self.splits_kv_heads else self.whole_sequences(x)
-
-    def _constrain(self, x: jax.Array, *behind_batch: str | None) -> jax.Array:
-        if self.mesh is None:
-            return x
-        parts = math.prod(self.mesh.shape[axis] for axis in _BATCH)
-        batch = None if x.shape[0] % parts else _BATCH  # text is sampled from one window at a time
-        sharding = NamedSharding(self.mesh, P(batch, *behind_batch))
-        return jax.lax.with_sharding_constraint(x, sharding)
-
-    def _parameter_spec(self, path: tuple[Any, ...]) -> P:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        rules = _PARAMETERS if self.splits_kv_heads else (_ONE_KV_HEAD, *_PARAMETERS)
-        return next(spec for pattern, spec in rules if re.search(pattern, name))
-
-    def describe(self) -> str:
-        assert self.mesh is not None
-        sizes = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items() if size > 1)
-        return f"{sizes or 'one device'} of {jax.device_count()} devices"
-
-
-def parse(text: str) -> dict[str, int]:
-    """The sizes of all `AXES` from ``data=2,tensor=2``; axes that are left out have size 1.
-
-    Raises:
-        OptionError: that is not what the text is.
-    """
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
-        name, _, size = part.partition("=")
-        if name not in AXES or name in sizes or not size.isdecimal() or int(size) < 1:
-            raise OptionError(
-                f"--mesh: expected sizes of {', '.join(AXES)}, each once at most, as in data=2,tensor=2; got {text!r}"
-            )
-        sizes[name] = int(size)
-    return {name: sizes.get(name, 1) for name in AXES}
-
-
-def request_cpu_devices(sizes: Mapping[str, int]) -> None:
-    """Lets a CPU appear as so many devices, if JAX has not been started; without effect on GPUs."""
-    try:
-        jax.config.update("jax_num_cpu_devices", math.prod(sizes.values()))
-    except RuntimeError:  # it has been: `make` will say so if they are too few
-        return
-
-
 def make(sizes: Mapping[str, int], config: Config) -> Layout:
-    """The mesh of these sizes, of the first devices.
+    """A layout for a mesh of these sizes, of the first devices.
 
     Raises:
         OptionError: there are too few devices, or the model does not divide so.
     """
-    for what, length, axes in (
-        ("--batch", config.batch, _BATCH),
+    splits_kv_heads = config.kv_heads > 1
+    lengths = (
+        ("--batch", config.batch, BATCH_AXES),
         ("--heads", config.heads, ("tensor",)),
         # A single one is on every device of tensor. Two on four would split that axis, for which there is no spec.
-        ("--kv-heads", config.kv_heads, ("tensor",) if config.kv_heads > 1 else ()),
+        ("--kv-heads", config.kv_heads, ("tensor",) if splits_kv_heads else ()),
         ("--seq", config.seq, ("tensor",)),
         ("--d-model", config.d_model, ("fsdp", "tensor")),
         ("the SwiGLU's hidden size", config.mlp_dim, ("tensor",)),
-    ):
-        parts = {axis: sizes[axis] for axis in axes}
-        if length % math.prod(parts.values()):
-            raise OptionError(f"--mesh: {_format(parts)} must divide {what}, which is {length}")
-    needed, found = math.prod(sizes.values()), jax.device_count()
-    if needed > found:
-        raise OptionError(
-            f"--mesh: {_format(sizes)} needs {needed} devices, and there are {found} ({jax.default_backend()}); a CPU "
-            f"appears as {needed} with JAX_NUM_CPU_DEVICES={needed} in the environment (jax_num_cpu_devices)"
-        )
-    mesh = jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(AxisType.Auto,) * len(sizes),
-        devices=jax.devices()[:needed],
     )
-    return Layout(mesh, splits_kv_heads=config.kv_heads > 1)
-
-
-def _format(sizes: Mapping[str, int]) -> str:
-    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
+    rules = _PARAMETERS if splits_kv_heads else (_ONE_KV_HEAD, *_PARAMETERS)
+    return Layout(make_mesh(sizes, lengths), rules, splits_kv_heads)

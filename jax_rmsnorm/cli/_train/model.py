@@ -11,8 +11,8 @@ from flax import nnx
 from jax_rmsnorm import rms_norm_rope
 from jax_rmsnorm.nnx import RMSNorm
 
+from .._layout import Layout
 from .config import VOCABULARY, Config
-from .layout import Layout
 
 AttentionImplementation = Literal["cudnn", "xla"]
 _ROTARY_BASE = 10_000.0
@@ -73,7 +73,7 @@ class Attention(nnx.Module):
             query, key, value, is_causal=True, implementation=self.implementation
         )
         mixed = self.layout.by_feature(mixed).reshape(batch, length, d_model)
-        return self.layout.by_position(self.out(mixed))
+        return self.layout.of_stream(self.out(mixed))
 
 
 class SwiGLU(nnx.Module):
@@ -88,7 +88,7 @@ class SwiGLU(nnx.Module):
     def __call__(self, copies: tuple[jax.Array, ...]) -> jax.Array:
         for_gate, for_up = map(self.layout.whole_sequences, copies)
         hidden = nnx.silu(self.gate(for_gate)) * self.up(for_up)
-        return self.layout.by_position(self.down(self.layout.by_feature(hidden)))
+        return self.layout.of_stream(self.down(self.layout.by_feature(hidden)))
 
 
 class Block(nnx.Module):
@@ -148,7 +148,7 @@ class Decoder(nnx.Module):
         # A product with one-hot rows: its gradient is a product too, where a lookup's is a scatter
         # with many duplicates, slow and on a GPU without a fixed order.
         rows = jax.nn.one_hot(tokens, VOCABULARY, dtype=self.dtype)
-        addend, stream = self.layout.by_position(self.embedding(rows)), None
+        addend, stream = self.layout.of_stream(self.embedding(rows)), None
         cos, sin = rotary_angles(tokens.shape[1], self.head_dim)
         for block in self.blocks:
             stream, addend = block(stream, addend, cos, sin)

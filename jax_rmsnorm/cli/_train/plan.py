@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import _layout
 from .._errors import OptionError
+from .._layout import Layout
 from . import backend, checkpoint, config, layout
 from .config import Config
-from .layout import Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +51,14 @@ def make(
         resume: a folder that a former run wrote.
         out: the folder to write; by default that of ``resume`` or a new one.
         stop_at: number of steps after which to stop; by default those of the settings.
-        mesh: as `layout.parse` takes it; by default one device.
+        mesh: as `_layout.parse` takes it; by default one device.
 
     Raises:
         OptionError: an option is wrong.
     """
-    sizes = None if mesh is None else layout.parse(mesh)
+    sizes = None if mesh is None else _layout.parse(mesh)
     if sizes is not None:
-        layout.request_cpu_devices(sizes)
+        _layout.request_cpu_devices(sizes)
     if resume is None:
         resumed = None
         settings = config.from_preset(preset or backend.default_preset(), given)

@@ -12,8 +12,8 @@ import numpy as np
 import optax
 from flax import nnx
 
+from .._layout import Layout
 from .config import Config
-from .layout import Layout
 from .model import AttentionImplementation, Decoder
 
 Params = Any
