@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from checks import needs_8_devices
 from rich.console import Console
 
 from jax_rmsnorm import cli
@@ -28,6 +29,7 @@ from jax_rmsnorm.cli._bench.step_config import CONFIGS, DEFAULTS, IMPLEMENTATION
 from jax_rmsnorm.cli._bench.step_norms import NORMS
 from jax_rmsnorm.cli._bench.step_program import Memory
 from jax_rmsnorm.cli._bench.step_results import Measured, Result
+from jax_rmsnorm.cli._layout import Layout
 
 FAST = step_session.Plan(rounds=3, steps=2, seconds=0.0)
 TINY = CONFIGS["tiny"]
@@ -125,6 +127,7 @@ def test_a_norm_whose_gamma_gets_no_gradient_fails_the_run(monkeypatch, capsys):
         (("--step", "--shapes", "8x8"), "--shapes: not together with --step"),
         (("--step", "--plot", "x.png"), "--plot: not together with --step"),
         (("--step", "--json", "no/such/folder/x.json"), "--json: there is no folder"),
+        (("--step", "--stream", "whole"), "--stream: only together with --mesh"),
         (("--remat",), "--remat: only together with --step"),
         (("--config", "tiny"), "--config: only together with --step"),
     ],
@@ -160,8 +163,8 @@ def test_separate_and_joint_projections_are_the_same_products():
     first, second = (jax.random.normal(jax.random.key(n), (8, 2 + n)) for n in (1, 2))
     joint = [jnp.concatenate([first, second], axis=1)]
     for got, expected in zip(
-        step_model._project((x,), joint, [3, 4]),
-        step_model._project((x, x), [first, second], [3, 4]),
+        step_model._project((x,), joint, [3, 4], Layout()),
+        step_model._project((x, x), [first, second], [3, 4], Layout()),
         strict=True,
     ):
         assert got.shape == expected.shape
@@ -311,3 +314,47 @@ def test_losses_may_differ_by_little_of_their_fall(losses: list[float], message:
     result.measured["identity"].losses = [5.0, 4.9]
     assert list(result.problems()) == ([] if message is None else [f"tiny: {message}"])
     json.dumps(step_results.to_json([result], {}), allow_nan=False)
+
+
+@needs_8_devices
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--mesh", "data=2"),
+        ("--mesh", "fsdp=2,tensor=2"),
+        ("--mesh", "tensor=2", "--stream", "features"),
+        ("--mesh", "tensor=2", "--stream", "whole", "--remat"),
+    ],
+    ids=" ".join,
+)
+def test_on_a_mesh_losses_are_those_of_one_device(options, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(step_session.CONFIGS, "tiny", SMALL)
+
+    def losses(*options: str) -> dict[str, list[float]]:
+        path = tmp_path / "step.json"
+        chosen = ("--implementations", "jnp", "fused", f"--json={path}")
+        assert bench(*chosen, *options) == 0
+        (step,) = json.loads(path.read_text())["steps"]
+        return {name: one["losses"] for name, one in step["implementations"].items()}
+
+    expected = losses()
+    assert expected["jnp"][0] - expected["jnp"][-1] > 1
+    for name, got in losses(*options).items():
+        assert got == pytest.approx(expected[name], rel=2e-3)
+    assert f"mesh {options[1]}" in capsys.readouterr().out
+
+
+@needs_8_devices
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--mesh", "rows=2"), "--mesh: expected sizes of data, fsdp, tensor"),
+        (("--mesh", "data=16"), "--mesh: data=16 must divide the batch, which is 2"),
+        (("--mesh", "tensor=2", "--joint"), "--joint: not together with --mesh tensor"),
+    ],
+)
+def test_meshes_that_do_not_fit_are_refused(options, message, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        bench(*options)
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err

@@ -12,13 +12,14 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ._errors import OptionError
+from ._streams import Stream
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -26,8 +27,6 @@ BATCH_AXES = ("data", "fsdp")
 # Of the leaves whose path ends so: the first that fits. In the optimiser's state, a parameter's path ends the paths of
 # what is kept of it.
 Rules: TypeAlias = Sequence[tuple[str, P]]
-Stream: TypeAlias = Literal["positions", "features", "whole"]
-STREAMS: tuple[Stream, ...] = ("positions", "features", "whole")
 
 
 @dataclasses.dataclass(frozen=True)

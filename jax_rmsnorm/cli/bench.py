@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
+from . import _streams
 from ._bench import names, shapes, step_config
 from ._errors import CommandError, OptionError
 
@@ -13,7 +14,7 @@ _EXTRA_PACKAGES = {"rich", "matplotlib", "optax"}
 _ALONE = "alone"
 _TAKEN: Mapping[str, Collection[str]] = {
     _ALONE: ("shapes", "dtypes", "ops", "against", "plot"),
-    "step": ("config", "implementations", "joint", "remat", "verbose"),
+    "step": ("config", "implementations", "joint", "remat", "mesh", "stream", "verbose"),
     "sweep": ("seed", "dtypes", "ops"),
     "margins": ("ops",),
 }
@@ -92,6 +93,18 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--remat", action="store_true", help="save each layer's input alone, compute the rest again"
     )
     step.add_argument(
+        "--mesh",
+        metavar="AXIS=N,...",
+        help="over several devices: sizes of data, fsdp and tensor, as train has them",
+    )
+    step.add_argument(
+        "--stream",
+        choices=_streams.STREAMS,
+        metavar="HOW",
+        help="how the mesh's axis tensor splits the residual stream: by positions (default), by features, or not at "
+        "all (whole)",
+    )
+    step.add_argument(
         "--verbose", action="store_true", help="list the kernels that ran on a GPU, by time"
     )
     sweep = parser.add_argument_group("sweeps and margins")
@@ -151,6 +164,8 @@ def _check(args: argparse.Namespace, mode: str) -> None:
                 if owner != _ALONE:
                     relation = f"only together with --{owner}"
                 raise OptionError(f"--{option}: {relation}")
+    if args.stream is not None and args.mesh is None:
+        raise OptionError("--stream: only together with --mesh")
     if args.sweep is not None and args.sweep < 1:
         raise OptionError(f"--sweep: must be 1 or more, got {args.sweep}")
     for option, path in (("--json", args.json), ("--plot", args.plot)):
@@ -185,6 +200,8 @@ def _run_steps(args: argparse.Namespace) -> None:
             implementations=args.implementations,
             joint=args.joint,
             remat=args.remat,
+            mesh=args.mesh,
+            stream=args.stream,
             json=args.json,
             profile=args.profile,
             verbose=args.verbose,

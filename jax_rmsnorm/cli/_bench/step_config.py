@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from .._streams import Stream
+
 IMPLEMENTATIONS = ("jnp", "unfused", "fused", "identity")
 
 
@@ -15,6 +17,8 @@ class Config:
     Attributes:
         joint: whether query, key and value, and the SwiGLU's gate and up, are one product each.
         remat: whether of each layer the input alone is saved and the rest computed again in the backward.
+        mesh: sizes of the axes of a mesh of devices, as `_layout.parse` takes them; None: one device.
+        stream: how the mesh's axis ``tensor`` splits the residual stream, see `_layout.Layout`.
     """
 
     name: str
@@ -29,6 +33,8 @@ class Config:
     seq: int
     joint: bool = False
     remat: bool = False
+    mesh: str | None = None
+    stream: Stream = "positions"
 
     @property
     def tokens(self) -> int:
@@ -36,9 +42,10 @@ class Config:
 
     def __str__(self) -> str:
         projections = "joint" if self.joint else "separate"
+        mesh = "" if self.mesh is None else f", mesh {self.mesh}, stream by {self.stream}"
         return (
             f"{self.name}: d {self.d_model} x {self.layers} layers, {self.batch}x{self.seq} tokens, "
-            f"{projections} projections, remat {'on' if self.remat else 'off'}"
+            f"{projections} projections, remat {'on' if self.remat else 'off'}{mesh}"
         )
 
 

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from .._layout import Layout
 from .step_config import Config
 from .step_norms import Copies, Norms
 
 _DTYPE = jnp.bfloat16
 _ROTARY_BASE = 1e6
+_ONE_DEVICE = Layout()
 
 
 class Layer(NamedTuple):
@@ -47,15 +49,17 @@ class Data(NamedTuple):
     sin: jax.Array
 
 
-def loss(params: Params, data: Data, config: Config, norms: Norms) -> jax.Array:
+def loss(
+    params: Params, data: Data, config: Config, norms: Norms, layout: Layout = _ONE_DEVICE
+) -> jax.Array:
     """Mean cross-entropy, in nats, of each next token."""
-    logits = _logits(params, data, config, norms)
+    logits = _logits(params, data, config, norms, layout)
     return optax.softmax_cross_entropy_with_integer_labels(logits, data.tokens[:, 1:]).mean()
 
 
-def _logits(params: Params, data: Data, config: Config, norms: Norms) -> jax.Array:
-    layer = functools.partial(_layer, data=data, config=config, norms=norms)
-    stream = params.embedding[data.tokens[:, :-1]].astype(_DTYPE)
+def _logits(params: Params, data: Data, config: Config, norms: Norms, layout: Layout) -> jax.Array:
+    layer = functools.partial(_layer, data=data, config=config, norms=norms, layout=layout)
+    stream = layout.of_stream(params.embedding[data.tokens[:, :-1]].astype(_DTYPE))
     addend = None
     for parameters in params.layers:
         if config.remat:
@@ -63,7 +67,7 @@ def _logits(params: Params, data: Data, config: Config, norms: Norms) -> jax.Arr
         else:
             stream, addend = layer(parameters, stream, addend)
     (y,), _ = _enter(norms, stream, addend, params.gamma, 1)
-    return _matmul(y, params.head).astype(jnp.float32)
+    return layout.by_position(_matmul(layout.by_position(y), params.head)).astype(jnp.float32)
 
 
 def _layer(
@@ -74,16 +78,18 @@ def _layer(
     data: Data,
     config: Config,
     norms: Norms,
+    layout: Layout,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention and SwiGLU. What each adds to the residual stream waits for the norm after it, which adds it.
 
     Takes and returns the stream and what is yet to be added to it, both [batch, seq, d_model].
     """
     ys, stream = _enter(norms, stream, addend, parameters.attention_gamma, len(parameters.qkv))
-    addend = _attention(parameters, ys, data, config, norms)
+    addend = _attention(parameters, ys, data, config, norms, layout)
     ys, stream = norms.add_norm(addend, stream, parameters.mlp_gamma, len(parameters.gate_up))
-    gate, up = _project(ys, parameters.gate_up, 2 * [config.d_ff])
-    return stream, _matmul(jax.nn.silu(gate) * up, parameters.down)
+    gate, up = _project(ys, parameters.gate_up, 2 * [config.d_ff], layout)
+    hidden = layout.by_feature(jax.nn.silu(gate) * up)
+    return stream, layout.of_stream(_matmul(hidden, parameters.down))
 
 
 def _enter(
@@ -107,12 +113,13 @@ def _whole(
 
 
 def _attention(
-    parameters: Layer, ys: Copies, data: Data, config: Config, norms: Norms
+    parameters: Layer, ys: Copies, data: Data, config: Config, norms: Norms, layout: Layout
 ) -> jax.Array:
     counts = [config.heads, config.kv_heads, config.kv_heads]
-    projected = _project(ys, parameters.qkv, [count * config.head_dim for count in counts])
+    widths = [count * config.head_dim for count in counts]
+    projected = _project(ys, parameters.qkv, widths, layout)
     query, key, value = (
-        part.reshape(*part.shape[:2], count, config.head_dim)
+        layout.by_feature(part.reshape(*part.shape[:2], count, config.head_dim))
         for part, count in zip(projected, counts, strict=True)
     )
     query = norms.norm_rope(query, parameters.query_gamma, data.cos, data.sin)
@@ -124,12 +131,16 @@ def _attention(
         is_causal=True,
         implementation="cudnn" if jax.default_backend() == "gpu" else "xla",
     )
-    return _matmul(mixed.reshape(*mixed.shape[:2], -1), parameters.out)
+    mixed = layout.by_feature(mixed).reshape(*mixed.shape[:2], -1)
+    return layout.of_stream(_matmul(mixed, parameters.out))
 
 
-def _project(ys: Copies, matrices: list[jax.Array], sizes: Sequence[int]) -> list[jax.Array]:
+def _project(
+    ys: Copies, matrices: list[jax.Array], sizes: Sequence[int], layout: Layout
+) -> list[jax.Array]:
     """A y times each matrix; or the one times the one, the result cut into ``sizes``."""
-    parts = [_matmul(y, matrix) for y, matrix in zip(ys, matrices, strict=True)]
+    whole = map(layout.whole_sequences, ys)
+    parts = [_matmul(y, matrix) for y, matrix in zip(whole, matrices, strict=True)]
     return parts if len(parts) > 1 else jnp.split(parts[0], np.cumsum(sizes[:-1]), axis=-1)
 
 

@@ -10,7 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from .._layout import Layout
 from . import step_model, step_norms
 from .step_config import Config
 
@@ -23,6 +26,7 @@ _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = ")
 _CALLED = re.compile(r"\bcalls=%?([\w.-]+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _PRODUCT = re.compile(r" dot\(")
+_ONE_DEVICE = Layout()
 
 
 class State(NamedTuple):
@@ -72,26 +76,47 @@ def _optimizer(config: Config) -> optax.GradientTransformation:
     return optax.adamw(schedule, b2=0.95, weight_decay=0.1)
 
 
-def initial_state(config: Config) -> State:
+def initial_state(config: Config, layout: Layout = _ONE_DEVICE) -> State:
     """Parameters and optimizer state before the first step: the same for every implementation."""
     params = step_model.init(config)
-    return State(params, _optimizer(config).init(params))
+    state = State(params, _optimizer(config).init(params))
+    return jax.device_put(state, layout.shardings(state))
 
 
-def compile_step(config: Config, norms: step_norms.Norms) -> Program:
+def draw(config: Config, layout: Layout = _ONE_DEVICE) -> step_model.Data:
+    """The data of every step."""
+    return jax.device_put(step_model.draw(config), _data_shardings(layout))
+
+
+def _data_shardings(layout: Layout) -> Any:
+    if layout.mesh is None:
+        return None
+    everywhere = NamedSharding(layout.mesh, P())
+    return step_model.Data(layout.windows, everywhere, everywhere)
+
+
+def compile_step(config: Config, norms: step_norms.Norms, layout: Layout = _ONE_DEVICE) -> Program:
     """Compiles the step of a model with these norms."""
     optimizer = _optimizer(config)
 
     def step(state: State, data: step_model.Data) -> tuple[State, jax.Array]:
-        loss, gradients = jax.value_and_grad(step_model.loss)(state.params, data, config, norms)
+        loss, gradients = jax.value_and_grad(step_model.loss)(
+            state.params, data, config, norms, layout
+        )
         updates, after = optimizer.update(gradients, state.optimizer, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         return State(params, after), loss
 
     state = jax.eval_shape(lambda: initial_state(config))
     data = jax.eval_shape(lambda: step_model.draw(config))
+    jitted = jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(layout.shardings(state), _data_shardings(layout)),
+        out_shardings=(layout.shardings(state), None),
+    )
     began = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(state, data).compile()
+    compiled = jitted.lower(state, data).compile()
     seconds = time.perf_counter() - began
     hlo = compiled.as_text()
     assert hlo is not None

@@ -12,8 +12,19 @@ from pathlib import Path
 
 import jax
 
+from .. import _layout
 from .._errors import CommandError
-from . import environment, profile, report, step_model, step_program, step_report, step_results
+from .._streams import Stream
+from . import (
+    environment,
+    profile,
+    report,
+    step_layout,
+    step_model,
+    step_program,
+    step_report,
+    step_results,
+)
 from .step_config import CONFIGS, DEFAULTS, IMPLEMENTATIONS, Config
 from .step_norms import NORMS
 from .step_program import CHECKED_STEPS, Program, State
@@ -50,6 +61,8 @@ class Request:
     implementations: Sequence[str] | None = None
     joint: bool = False
     remat: bool = False
+    mesh: str | None = None
+    stream: Stream | None = None
     json: Path | None = None
     profile: bool = True
     verbose: bool = False
@@ -61,6 +74,8 @@ def run(request: Request) -> None:
     Raises:
         CommandError: there is no kernel here, or the implementations do not train alike.
     """
+    if request.mesh is not None:
+        _layout.request_cpu_devices(_layout.parse(request.mesh))
     device = environment.find_device(PLANS)
     environment.require_kernels(device)
     surroundings = environment.describe()
@@ -70,9 +85,16 @@ def run(request: Request) -> None:
     names = list(dict.fromkeys(request.implementations or IMPLEMENTATIONS))
     results: list[Result] = []
     for config_name in dict.fromkeys(request.configs or DEFAULTS[device]):
-        config = dataclasses.replace(CONFIGS[config_name], joint=request.joint, remat=request.remat)
+        config = dataclasses.replace(
+            CONFIGS[config_name],
+            joint=request.joint,
+            remat=request.remat,
+            mesh=request.mesh,
+            stream=request.stream or "positions",
+        )
         began = time.perf_counter()
-        profiled = request.profile and device == "gpu"
+        # The kernels of several devices would count as one's.
+        profiled = request.profile and device == "gpu" and request.mesh is None
         results.append(_measure(config, names, PLANS[device], profiled=profiled))
         console.print(step_report.progress(results[-1], time.perf_counter() - began))
         if request.json is not None:
@@ -94,13 +116,14 @@ def run(request: Request) -> None:
 
 def _measure(config: Config, names: Sequence[str], plan: Plan, *, profiled: bool) -> Result:
     """Compiles all, runs the first steps of each, then times them in turn."""
-    programs = {name: step_program.compile_step(config, NORMS[name]) for name in names}
-    data = step_model.draw(config)
+    layout = step_layout.make(config)
+    programs = {name: step_program.compile_step(config, NORMS[name], layout) for name in names}
+    data = step_program.draw(config, layout)
     measured: dict[str, Measured] = {}
     state: State | None = None
     for name, (step, compile_seconds, memory, norm_kernels) in programs.items():
         state = None  # before the next, so that there is one at a time
-        state, losses = _first_steps(step, step_program.initial_state(config), data)
+        state, losses = _first_steps(step, step_program.initial_state(config, layout), data)
         measured[name] = Measured(compile_seconds, memory, norm_kernels, losses)
     assert state is not None, "there is one implementation or more"
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
