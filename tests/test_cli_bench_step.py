@@ -127,6 +127,7 @@ def test_a_norm_whose_gamma_gets_no_gradient_fails_the_run(monkeypatch, capsys):
         (("--step", "--shapes", "8x8"), "--shapes: not together with --step"),
         (("--step", "--plot", "x.png"), "--plot: not together with --step"),
         (("--step", "--json", "no/such/folder/x.json"), "--json: there is no folder"),
+        (("--step", "--remat", "--forward"), "--remat: not together with --forward"),
         (("--step", "--stream", "whole"), "--stream: only together with --mesh"),
         (("--remat",), "--remat: only together with --step"),
         (("--config", "tiny"), "--config: only together with --step"),
@@ -314,6 +315,32 @@ def test_losses_may_differ_by_little_of_their_fall(losses: list[float], message:
     result.measured["identity"].losses = [5.0, 4.9]
     assert list(result.problems()) == ([] if message is None else [f"tiny: {message}"])
     json.dumps(step_results.to_json([result], {}), allow_nan=False)
+
+
+def test_a_forward_alone(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(step_session.CONFIGS, "tiny", SMALL)
+    path = tmp_path / "step.json"
+    names = ("jnp", "fused", "kernels", "identity")
+    assert bench("--forward", "--implementations", *names, f"--json={path}") == 0
+    assert "forward alone" in capsys.readouterr().out
+    (step,) = json.loads(path.read_text())["steps"]
+    assert step["forward"]
+    losses = {name: one["losses"] for name, one in step["implementations"].items()}
+    assert tuple(losses) == names
+    for name in names:
+        assert len(set(losses[name])) == 1, "the state stays as it is"
+    assert losses["fused"] == losses["kernels"] == pytest.approx(losses["jnp"], abs=0.01)
+    assert losses["identity"] != pytest.approx(losses["jnp"], abs=0.01)
+
+
+def test_a_forward_whose_norm_is_another_fails_the_run(monkeypatch, capsys):
+    wrong = NORMS["fused"]._replace(
+        add_norm=lambda x, residual, gamma, copies: ((3 * (x + residual),) * copies, x + residual)
+    )
+    monkeypatch.setitem(step_session.NORMS, "fused", wrong)
+    monkeypatch.setitem(step_session.CONFIGS, "tiny", SMALL)
+    assert bench("--forward", "--implementations", "jnp", "fused") == 1
+    assert "tiny: losses of fused and jnp are up to" in capsys.readouterr().err
 
 
 @needs_8_devices

@@ -14,7 +14,7 @@ _EXTRA_PACKAGES = {"rich", "matplotlib", "optax"}
 _ALONE = "alone"
 _TAKEN: Mapping[str, Collection[str]] = {
     _ALONE: ("shapes", "dtypes", "ops", "against", "plot"),
-    "step": ("config", "implementations", "joint", "remat", "mesh", "stream", "verbose"),
+    "step": ("config", "implementations", "joint", "remat", "forward", "mesh", "stream", "verbose"),
     "sweep": ("seed", "dtypes", "ops"),
     "margins": ("ops",),
 }
@@ -80,9 +80,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     step.add_argument(
         "--implementations",
         nargs="+",
-        choices=step_config.IMPLEMENTATIONS,
+        choices=(*step_config.IMPLEMENTATIONS, step_config.KERNELS),
         metavar="NAME",
-        help=f"{', '.join(step_config.IMPLEMENTATIONS)} (default: all)",
+        help=f"{', '.join(step_config.IMPLEMENTATIONS)} (default: these), or {step_config.KERNELS}: fused, with "
+        "kernels at any size",
     )
     step.add_argument(
         "--joint",
@@ -91,6 +92,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     step.add_argument(
         "--remat", action="store_true", help="save each layer's input alone, compute the rest again"
+    )
+    step.add_argument(
+        "--forward",
+        action="store_true",
+        help="a forward without derivatives instead of a step, with bfloat16 matrices, to the last position's logits",
     )
     step.add_argument(
         "--mesh",
@@ -164,6 +170,8 @@ def _check(args: argparse.Namespace, mode: str) -> None:
                 if owner != _ALONE:
                     relation = f"only together with --{owner}"
                 raise OptionError(f"--{option}: {relation}")
+    if args.remat and args.forward:
+        raise OptionError("--remat: not together with --forward, which saves nothing")
     if args.stream is not None and args.mesh is None:
         raise OptionError("--stream: only together with --mesh")
     if args.sweep is not None and args.sweep < 1:
@@ -200,6 +208,7 @@ def _run_steps(args: argparse.Namespace) -> None:
             implementations=args.implementations,
             joint=args.joint,
             remat=args.remat,
+            forward=args.forward,
             mesh=args.mesh,
             stream=args.stream,
             json=args.json,

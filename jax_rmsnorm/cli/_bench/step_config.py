@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from .._streams import Stream
 
 IMPLEMENTATIONS = ("jnp", "unfused", "fused", "identity")
+KERNELS = "kernels"  # as fused, with kernels where `implementation=None` takes plain JAX too
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,6 +18,7 @@ class Config:
     Attributes:
         joint: whether query, key and value, and the SwiGLU's gate and up, are one product each.
         remat: whether of each layer the input alone is saved and the rest computed again in the backward.
+        forward: whether the step is a forward alone, to the last position's logits, from bfloat16 matrices.
         mesh: sizes of the axes of a mesh of devices, as `_layout.parse` takes them; None: one device.
         stream: how the mesh's axis ``tensor`` splits the residual stream, see `_layout.Layout`.
     """
@@ -33,6 +35,7 @@ class Config:
     seq: int
     joint: bool = False
     remat: bool = False
+    forward: bool = False
     mesh: str | None = None
     stream: Stream = "positions"
 
@@ -42,10 +45,11 @@ class Config:
 
     def __str__(self) -> str:
         projections = "joint" if self.joint else "separate"
+        what = "forward alone" if self.forward else f"remat {'on' if self.remat else 'off'}"
         mesh = "" if self.mesh is None else f", mesh {self.mesh}, stream by {self.stream}"
         return (
             f"{self.name}: d {self.d_model} x {self.layers} layers, {self.batch}x{self.seq} tokens, "
-            f"{projections} projections, remat {'on' if self.remat else 'off'}{mesh}"
+            f"{projections} projections, {what}{mesh}"
         )
 
 

@@ -52,9 +52,10 @@ class Data(NamedTuple):
 def loss(
     params: Params, data: Data, config: Config, norms: Norms, layout: Layout = _ONE_DEVICE
 ) -> jax.Array:
-    """Mean cross-entropy, in nats, of each next token."""
+    """Mean cross-entropy, in nats, of each next token; of a forward alone, of the last one."""
     logits = _logits(params, data, config, norms, layout)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, data.tokens[:, 1:]).mean()
+    labels = data.tokens[:, -logits.shape[1] :]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def _logits(params: Params, data: Data, config: Config, norms: Norms, layout: Layout) -> jax.Array:
@@ -67,6 +68,8 @@ def _logits(params: Params, data: Data, config: Config, norms: Norms, layout: La
         else:
             stream, addend = layer(parameters, stream, addend)
     (y,), _ = _enter(norms, stream, addend, params.gamma, 1)
+    if config.forward:
+        return _matmul(layout.whole_sequences(y[:, -1:]), params.head).astype(jnp.float32)
     return layout.by_position(_matmul(layout.by_position(y), params.head)).astype(jnp.float32)
 
 

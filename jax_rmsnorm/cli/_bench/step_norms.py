@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-import jax_rmsnorm
+from jax_rmsnorm import add_rms_norm, rms_norm, rms_norm_rope
 
 from .contenders import plain_norm
+from .step_config import KERNELS
 
 EPS = 1e-6
 SCOPE = "rms_norm"  # marks the norm's own operations, so that they are found again in the compiled program
@@ -66,25 +67,23 @@ def _beside(norm: Callable[[jax.Array, jax.Array], jax.Array]) -> Norms:
     return Norms(norm_copies, add_norm, norm_rope)
 
 
-@_scoped
-def _norm(x: jax.Array, gamma: jax.Array, copies: int) -> Copies:
-    return jax_rmsnorm.rms_norm(x, gamma, copies=copies, eps=EPS)
-
-
-@_scoped
-def _add_norm(
-    x: jax.Array, residual: jax.Array, gamma: jax.Array, copies: int
-) -> tuple[Copies, jax.Array]:
-    return jax_rmsnorm.add_rms_norm(x, residual, gamma, copies=copies, eps=EPS)
+def _fused(implementation: Literal["kernel"] | None = None) -> Norms:
+    options: dict[str, Any] = {"eps": EPS, "implementation": implementation}
+    return Norms(
+        norm=_scoped(lambda x, gamma, copies: rms_norm(x, gamma, copies=copies, **options)),
+        add_norm=_scoped(
+            lambda x, residual, gamma, copies: add_rms_norm(
+                x, residual, gamma, copies=copies, **options
+            )
+        ),
+        norm_rope=_scoped(functools.partial(rms_norm_rope, **options)),
+    )
 
 
 NORMS: Mapping[str, Norms] = {
     "jnp": _beside(lambda x, gamma: plain_norm(x, gamma, EPS)[0]),
-    "unfused": _beside(functools.partial(jax_rmsnorm.rms_norm, eps=EPS)),
-    "fused": Norms(
-        norm=_norm,
-        add_norm=_add_norm,
-        norm_rope=_scoped(functools.partial(jax_rmsnorm.rms_norm_rope, eps=EPS)),
-    ),
+    "unfused": _beside(functools.partial(rms_norm, eps=EPS)),
+    "fused": _fused(),
+    KERNELS: _fused("kernel"),
     "identity": _beside(lambda x, gamma: x),
 }

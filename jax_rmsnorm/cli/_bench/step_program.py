@@ -79,7 +79,13 @@ def _optimizer(config: Config) -> optax.GradientTransformation:
 def initial_state(config: Config, layout: Layout = _ONE_DEVICE) -> State:
     """Parameters and optimizer state before the first step: the same for every implementation."""
     params = step_model.init(config)
-    state = State(params, _optimizer(config).init(params))
+    if config.forward:
+        params = jax.tree.map(
+            lambda leaf: leaf.astype(jnp.bfloat16) if leaf.ndim > 1 else leaf, params
+        )
+        state = State(params, optax.EmptyState())
+    else:
+        state = State(params, _optimizer(config).init(params))
     return jax.device_put(state, layout.shardings(state))
 
 
@@ -99,6 +105,9 @@ def compile_step(config: Config, norms: step_norms.Norms, layout: Layout = _ONE_
     """Compiles the step of a model with these norms."""
     optimizer = _optimizer(config)
 
+    def forward(state: State, data: step_model.Data) -> tuple[State, jax.Array]:
+        return state, step_model.loss(state.params, data, config, norms, layout)
+
     def step(state: State, data: step_model.Data) -> tuple[State, jax.Array]:
         loss, gradients = jax.value_and_grad(step_model.loss)(
             state.params, data, config, norms, layout
@@ -110,7 +119,7 @@ def compile_step(config: Config, norms: step_norms.Norms, layout: Layout = _ONE_
     state = jax.eval_shape(lambda: initial_state(config))
     data = jax.eval_shape(lambda: step_model.draw(config))
     jitted = jax.jit(
-        step,
+        forward if config.forward else step,
         donate_argnums=0,
         in_shardings=(layout.shardings(state), _data_shardings(layout)),
         out_shardings=(layout.shardings(state), None),

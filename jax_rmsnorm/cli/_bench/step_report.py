@@ -25,7 +25,7 @@ def table(results: Sequence[Result]) -> Table:
     """A section for each model, with a line for each implementation."""
     profiled = any(one.device for result in results for one in result.measured.values())
     shown = Table(
-        box=SIMPLE_HEAD, pad_edge=False, title="milliseconds a training step", title_justify="left"
+        box=SIMPLE_HEAD, pad_edge=False, title="milliseconds a step", title_justify="left"
     )
     shown.add_column("implementation")
     for header in _headers(profiled):

@@ -61,6 +61,7 @@ class Request:
     implementations: Sequence[str] | None = None
     joint: bool = False
     remat: bool = False
+    forward: bool = False
     mesh: str | None = None
     stream: Stream | None = None
     json: Path | None = None
@@ -89,6 +90,7 @@ def run(request: Request) -> None:
             CONFIGS[config_name],
             joint=request.joint,
             remat=request.remat,
+            forward=request.forward,
             mesh=request.mesh,
             stream=request.stream or "positions",
         )
