@@ -17,7 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from ._compat import is_static_dim
 from ._margin import check_margin
-from ._options import Implementation, Options, Rounding, SMMargin
+from ._options import Implementation, Options, Rounding, SMMargin, Summand
 from ._partitioning import why_no_kernel_for_parts
 from ._primitives.common import KERNEL_DTYPES
 from ._types import hidden_axes
@@ -61,6 +61,7 @@ def check(
     sm_margin: int | SMMargin | None,
     implementation: Implementation | None,
     interleaved: bool = False,
+    overwrite: Summand | None = None,
     beside: Collection[np.dtype] = (),
     heads: Any = 1,
     gathers_rows: bool = False,
@@ -85,6 +86,7 @@ def check(
         sm_margin=check_margin(sm_margin),
         require_kernel=implementation == "kernel",
         interleaved=_check_bool("interleaved", interleaved),
+        overwrite=overwrite,
     )
     hidden = math.prod(shape)
     dtypes = {x.dtype, out_dtype, *beside, *(() if gamma is None else (gamma.dtype,))}
@@ -105,11 +107,21 @@ def check(
 
 
 def check_add(
-    x: ArrayLike, residual: ArrayLike, gamma: ArrayLike | None, **settings: Unpack[Settings]
+    x: ArrayLike,
+    residual: ArrayLike,
+    gamma: ArrayLike | None,
+    *,
+    overwrite: Summand | None,
+    **settings: Unpack[Settings],
 ) -> tuple[Call, jax.Array]:
     """As `check`, for `add_rms_norm`. Returns residual too, in the shape of the call's x."""
     x, residual = check_summands(x, residual)
-    call = check(x, gamma, beside=(residual.dtype,), **settings)
+    _check_word("overwrite", overwrite, (None, *get_args(Summand)))
+    if overwrite == "x" and x.dtype != residual.dtype:
+        raise ValueError(
+            f"overwrite='x' needs an x of h's dtype, which is residual's, {residual.dtype}; got {x.dtype}"
+        )
+    call = check(x, gamma, overwrite=overwrite, beside=(residual.dtype,), **settings)
     return call, residual.reshape(call.x.shape)
 
 

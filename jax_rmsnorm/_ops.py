@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from . import _arguments, _autodiff, _reference, _types
 from ._arguments import Settings
-from ._options import Implementation, Rounding, SMMargin
+from ._options import Implementation, Rounding, SMMargin, Summand
 
 
 @overload
@@ -116,6 +116,7 @@ def add_rms_norm(
     gamma: ArrayLike | None = None,
     *,
     copies: None = None,
+    overwrite: Summand | None = None,
     **options: Unpack[Settings],
 ) -> tuple[jax.Array, jax.Array]: ...
 
@@ -127,6 +128,7 @@ def add_rms_norm(
     gamma: ArrayLike | None = None,
     *,
     copies: int,
+    overwrite: Summand | None = None,
     **options: Unpack[Settings],
 ) -> tuple[tuple[jax.Array, ...], jax.Array]: ...
 
@@ -137,6 +139,7 @@ def add_rms_norm(
     gamma: ArrayLike | None = None,
     *,
     copies: int | None = None,
+    overwrite: Summand | None = None,
     normalized_shape: int | Sequence[int] | None = None,
     eps: float = 1e-5,
     zero_centered_gamma: bool = False,
@@ -159,6 +162,11 @@ def add_rms_norm(
         residual: of x's shape and any of these dtypes: the residual stream. Its dtype is h's.
         gamma, normalized_shape, eps, zero_centered_gamma, sm_margin, implementation: as in `rms_norm`.
         copies: of y, as in `rms_norm`: ((y, ..., y), h) is returned.
+        overwrite: "residual" or, where it has residual's dtype, "x": the kernel writes h to its buffer, which
+            spares memory, and a copy where h is to be there, as in a donated argument. No value changes: an operand
+            that is read elsewhere too, or is an argument that was not donated, is copied first. In a training step
+            something often reads it, a gradient; so by default h has a buffer of its own. Plain JAX leaves the choice
+            to XLA.
         rounding: as in `rms_norm` of h: "before_gamma" rounds to h's dtype.
         dtype: of y; x's by default.
 
@@ -167,12 +175,13 @@ def add_rms_norm(
 
     Raises:
         TypeError, ValueError, NotImplementedError: as in `rms_norm`; ValueError too where x and residual are of
-            different shapes.
+            different shapes, or x, to be overwritten, of another dtype.
     """
     call, residual = _arguments.check_add(
         x,
         residual,
         gamma,
+        overwrite=overwrite,
         normalized_shape=normalized_shape,
         eps=eps,
         zero_centered_gamma=zero_centered_gamma,

@@ -9,6 +9,7 @@ import numpy as np
 
 Rounding = Literal["once", "before_gamma"]
 Implementation = Literal["kernel", "xla"]
+Summand = Literal["x", "residual"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,3 +38,4 @@ class Options:
     sm_margin: SMMargin
     require_kernel: bool
     interleaved: bool = False  # how the rotary embedding, where there is one, pairs elements
+    overwrite: Summand | None = None  # whose buffer the sum takes, where there is one

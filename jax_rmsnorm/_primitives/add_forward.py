@@ -72,6 +72,11 @@ def _target_attributes(*_: Any, options: Options, save_rrms: bool) -> dict[str, 
     return forward_attributes(options, save_rrms=save_rrms)
 
 
+def _aliases(options: Options) -> dict[int, int]:
+    """Of x, which is `add_rms_norm`'s residual, or the addend, which is its x, with h."""
+    return {} if options.overwrite is None else {("residual", "x").index(options.overwrite): 1}
+
+
 def _fuses(x: Any, addend: Any, *_: Any, options: Options, save_rrms: bool) -> bool:
     return rows_are_aligned(x.shape[-1], x.dtype, addend.dtype, options.out_dtype)
 
@@ -101,4 +106,5 @@ register(
     target_attributes=_target_attributes,
     fuses=_fuses,
     unfused=_unfused,
+    aliases=_aliases,
 )

@@ -69,6 +69,7 @@ def register(
     fuses: Callable[..., bool] | None = None,
     unfused: Callable[..., Sequence[jax.Array]] | None = None,
     first_gradient: int | None = None,
+    aliases: Callable[[Options], dict[int, int]] | None = None,
 ) -> None:
     """Registers all rules of a primitive.
 
@@ -90,9 +91,19 @@ def register(
         unfused: in place of the CUDA kernel where it does not: as ``reference``, but with simpler kernels in it.
         first_gradient: of a backward that takes several gradients of y (its parameter ``gradients``), the place
             of the first one among the operands.
+        aliases: from the options to operands, by their places, that the kernel overwrites with results of the same
+            types; None if there are none.
     """
     call = _kernel_call(
-        primitive.name, abstract_eval, reference, target, target_attributes, scratch, fuses, unfused
+        primitive.name,
+        abstract_eval,
+        reference,
+        target,
+        target_attributes,
+        scratch,
+        fuses,
+        unfused,
+        aliases,
     )
     primitive.def_abstract_eval(abstract_eval)
     primitive.def_impl(functools.partial(apply_primitive, primitive))
@@ -168,6 +179,7 @@ def _kernel_call(
     scratch: Callable[..., Sequence[Any]] | None,
     fuses: Callable[..., bool] | None,
     unfused: Callable[..., Sequence[jax.Array]] | None,
+    aliases: Callable[[Options], dict[int, int]] | None,
 ) -> Callable[..., Sequence[jax.Array]]:
     """The operation on one device: binds a primitive of its own, and leaves its scratch away."""
     primitive = Primitive(f"{name}_call")
@@ -195,7 +207,9 @@ def _kernel_call(
 
     def lower_kernel(ctx: Any, *operands: Any, **params: Any) -> Any:
         attributes = target_attributes(*ctx.avals_in, **params)
-        return jax.ffi.ffi_lowering(target)(ctx, *operands, **attributes)
+        overwritten = {} if aliases is None else aliases(params["options"])
+        lower = jax.ffi.ffi_lowering(target, operand_output_aliases=overwritten)
+        return lower(ctx, *operands, **attributes)
 
     def lower_cuda(ctx: Any, *operands: Any, **params: Any) -> Any:
         if _ffi.why_not_on_local_gpus() is not None:
