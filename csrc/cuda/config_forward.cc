@@ -137,11 +137,21 @@ LaunchConfig AddLayout(const Device& device, const Ring& ring, int64_t hidden, D
   return config;
 }
 
+// Many rows two at a time for each slot of a small block, few one at a time.
+LaunchConfig RotaryForwardLayout(int64_t rows, int64_t hidden, int64_t width, const Fused& fused,
+                                 int margin) {
+  constexpr int64_t kMany = 64 * 1024;
+  constexpr int kBlock = 128, kBlockOfPairs = 64;
+  LaunchConfig config = RotaryLayout(hidden, width, fused, margin > 0 ? kFusedThreads : kBlock);
+  if (config.rows == 2 && rows <= kMany) config.rows = 1;
+  if (config.rows == 2 && margin == 0) config.block = kBlockOfPairs;
+  return config;
+}
+
 }  // namespace
 
 LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x, DType gamma,
                               Alignment alignment, int margin, const Fused& fused) {
-  constexpr int kRotaryBlock = 128;
   constexpr int kFewPerSM = 512;  // threads that an SM has twice the registers for
   const int64_t rows = shape.groups * shape.rows;
   const bool wide_gamma = SizeOf(gamma) > SizeOf(x);
@@ -150,7 +160,7 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
   const Ring ring{width * SizeOf(x), 16, alignment == Alignment::kRows, width, room};
   LaunchConfig config;
   if (fused.fusion == Fusion::kRotary) {
-    config = RotaryLayout(shape.hidden, width, fused, margin > 0 ? kFusedThreads : kRotaryBlock);
+    config = RotaryForwardLayout(rows, shape.hidden, width, fused, margin);
   } else if (fused.fusion == Fusion::kAdd) {
     config = AddLayout(device, ring, shape.hidden, x);
   } else if (ring.aligned) {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,11 +75,29 @@ def test_dtype_mixes_of_rope(head_dim, width, interleaved, heads, sm_margin):
 
 @pytest.mark.parametrize("lead", [(), (9,)], ids=str)
 @pytest.mark.parametrize("rounding", ["once", "before_gamma"])
-def test_many_rows_of_rope(lead, rounding):
-    """More than there are slots, and positions of each example's own."""
-    shape, tables = (9, 301, 6, 128), (*lead, 301, 64)
+@pytest.mark.parametrize("length", [301, 1301])
+def test_many_rows_of_rope(lead, rounding, length):
+    """More than there are slots, one row at a time for each of them or two; and positions of each example's own."""
+    shape, tables = (9, length, 6, 128), (*lead, length, 64)
     dtypes = (jnp.bfloat16, jnp.float32, jnp.float32, jnp.bfloat16)
     check_rope_call(shape, tables, *dtypes, rounding=rounding)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_bits_of_rope(dtype):
+    """A row's bits whether its slot takes one at a time or two, and with any margin."""
+    x, gamma = draw(0, (17, 512, 8, 128), dtype), draw(1, (128,), jnp.float32)
+    cos, sin = draw(2, (512, 64), jnp.float32), draw(3, (512, 64), jnp.float32)
+
+    @functools.partial(jax.jit, static_argnames="margin")
+    def rope(x, margin=0):
+        return jax_rmsnorm.rms_norm_rope(
+            x, gamma, cos, sin, implementation="kernel", sm_margin=margin
+        )
+
+    y = np.asarray(rope(x))
+    np.testing.assert_array_equal(rope(x[3:5]), y[3:5])
+    np.testing.assert_array_equal(rope(x, margin=50), y)
 
 
 def test_gamma_of_add_batched_by_vmap():
