@@ -77,6 +77,8 @@ def shape_of(mesh: Mesh, shape: tuple[int, ...], dtype: Any, *spec: Any) -> jax.
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
 
 
-def compile_for(mesh: Mesh, f: Any, *arguments: jax.ShapeDtypeStruct) -> Any:
+def compile_for(mesh: Mesh, f: Any, *arguments: jax.ShapeDtypeStruct, **options: Any) -> Any:
+    """The program of ``jax.jit(f, **options)``."""
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
+        traced = jax.jit(f, **options).trace(*arguments)
+        return traced.lower(lowering_platforms=("cuda",)).compile()

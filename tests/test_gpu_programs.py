@@ -143,3 +143,30 @@ def test_as_plain_jax_an_addition_stays_with_the_product_before_it():
     assert kernels(programs[0]) == {}
     passes = [re.findall(r"= (.+?) (?:fusion|custom-call)\(", p.as_text()) for p in programs]
     assert passes[0] == passes[1] != []
+
+
+def test_overwriting_a_donated_stream():
+    """h is copied to a donated residual unless it overwrites it, and layers in a row need a stream less."""
+    mesh = make_mesh(AxisType.Auto, data=1)
+    x, matrix = shape_of(mesh, (8192, 1024), BF16), shape_of(mesh, (1024, 1024), BF16)
+    operands = x, x, shape_of(mesh, (1024,), F32), matrix
+
+    def layers(x, stream, gamma, matrix, *, count, overwrite):
+        for _ in range(count):
+            y, stream = add_rms_norm(x, stream, gamma, overwrite=overwrite, implementation="kernel")
+            x = jax.nn.silu(y @ matrix)
+        return stream, x[:1]
+
+    def compiled(count, overwrite):
+        f = functools.partial(layers, count=count, overwrite=overwrite)
+        return compile_for(mesh, f, *operands, donate_argnums=1)
+
+    def copies(program):
+        return len(re.findall(r"= bf16\[8192,1024\]\S* copy\(", program.as_text()))
+
+    assert copies(compiled(1, None)) == 1
+    assert copies(compiled(1, "residual")) == 0
+    default, overwriting = (compiled(4, overwrite) for overwrite in (None, "residual"))
+    assert copies(overwriting) <= copies(default)
+    spared = [program.memory_analysis().temp_size_in_bytes for program in (default, overwriting)]
+    assert spared[0] - spared[1] >= 8192 * 1024 * 2
