@@ -97,8 +97,8 @@ def draw(config: Config, layout: Layout = _ONE_DEVICE) -> step_model.Data:
 def _data_shardings(layout: Layout) -> Any:
     if layout.mesh is None:
         return None
-    everywhere = NamedSharding(layout.mesh, P())
-    return step_model.Data(layout.windows, everywhere, everywhere)
+    shardings: Any = {field: NamedSharding(layout.mesh, P()) for field in step_model.Data._fields}
+    return step_model.Data(**shardings | {"tokens": layout.windows})
 
 
 def compile_step(config: Config, norms: step_norms.Norms, layout: Layout = _ONE_DEVICE) -> Program:
