@@ -165,8 +165,8 @@ def add_rms_norm(
         overwrite: "residual" or, where it has residual's dtype, "x": the kernel writes h to its buffer, which
             spares memory, and a copy where h is to be there, as in a donated argument. No value changes: an operand
             that is read elsewhere too, or is an argument that was not donated, is copied first. In a training step
-            something often reads it, a gradient; so by default h has a buffer of its own. Plain JAX leaves the choice
-            to XLA.
+            something often reads it, a gradient; so by default h has a buffer of its own. Without effect in plain JAX,
+            also where that stands in for a kernel, and on a GPU for rows that do not begin at multiples of 16 bytes.
         rounding: as in `rms_norm` of h: "before_gamma" rounds to h's dtype.
         dtype: of y; x's by default.
 

@@ -380,7 +380,7 @@ def test_on_a_mesh_losses_are_those_of_one_device(options, monkeypatch, tmp_path
         (("--mesh", "tensor=2", "--joint"), "--joint: not together with --mesh tensor"),
     ],
 )
-def test_meshes_that_do_not_fit_are_refused(options, message, monkeypatch, capsys):
+def test_meshes_that_do_not_fit_are_refused(options, message, capsys):
     with pytest.raises(SystemExit) as exit_info:
         bench(*options)
     assert exit_info.value.code == 2

@@ -161,6 +161,10 @@ def test_kernel(case):
         if kernel(config) in ("few", "plain", "staged", "windows"):
             assert (kernel(config) == "few") == (direction == "backward")
             assert config["cluster"] == 1 or kernel(config) != "staged"
+            if kernel(config) == "plain" and config["scope"] == "cluster":
+                assert config["aligned"]
+                assert case.margin == 0
+                assert case.fusion == "none"
         if kernel(config) == "few":
             assert case.alignment != "none"
             assert case.margin == 0
@@ -175,7 +179,12 @@ def test_kernel(case):
             few = case.rows * case.hidden * SIZES[case.x] <= 4 << 20
             assert few or kernel(config) != "windows" or config["cluster"] > 1
         if direction == "forward" and config["aligned"] and case.margin > 0:
-            assert kernel(config) in ("ring", "loop")
+            # A row that is too long for a block's registers is staged where there are no clusters.
+            long = case.hidden > 2048 * config["width"]
+            assert kernel(config) in ("ring", "loop", *(["staged"] if long else []))
+        assert not config["more_registers"] or (
+            kernel(config) == "plain" and config["grid"] * config["block"] <= 512 * case.sm_count
+        )
         # A kernel that waits for its predecessor may start before that has ended.
         assert config["dependent"] == (
             case.max_cluster > 1
@@ -202,7 +211,9 @@ def test_long_rows_forward(packets, rows, x, gamma):
         assert (config["method"], config["cluster"]) == ("plain", cluster)
         assert config["grid"] == rows * cluster
     else:
-        staged = hidden <= 24 * 1024 and 3 * (hidden * SIZES[x] + 16 + 7 * 1024) <= 227 * 1024
+        stages = 1 if cluster == 1 else 3
+        stage = hidden * SIZES[x] + 16 + 2 * 1024
+        staged = hidden <= 24 * 1024 and stages * stage <= 227 * 1024
         assert config["method"] == ("staged" if staged else "ring")
 
 

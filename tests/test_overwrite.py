@@ -89,6 +89,13 @@ def test_an_operand_that_is_still_needed_keeps_its_value(summand):
 
 
 @SUMMANDS
+def test_one_operand_as_both(summand):
+    x, _, gamma = operands()
+    overwriting = jax.jit(functools.partial(norm, overwrite=summand))
+    assert_same_bits(overwriting(x, x, gamma), norm(x, x, gamma))
+
+
+@SUMMANDS
 def test_outside_jit_arguments_keep_their_values(summand):
     x, residual, gamma = operands()
     before = np.asarray(x), np.asarray(residual)

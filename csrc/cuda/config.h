@@ -33,7 +33,7 @@ enum class Alignment : int32_t {
   kNone,
 };
 
-constexpr int kMaxThreads = 512;  // a block, at up to 128 registers each, of which an SM has as many
+constexpr int kMaxThreads = 512;  // a block: at 128 registers each, all that an SM has
 constexpr int kMaxCluster = 16;   // blocks
 
 constexpr int kLanesThreads =
@@ -92,6 +92,7 @@ constexpr int kLeastTilePackets = 2;
 // Of a block's shared memory, what is not dynamic: the sums, up to 5 KiB in a cluster, and the system's 1
 // KiB.
 constexpr int kOtherSharedMemory = 7 * 1024;
+constexpr int kOtherStageMemory = 2 * 1024;  // the same where a row is staged
 
 struct Device {
   int sm_count = 0;
@@ -122,7 +123,7 @@ struct LaunchConfig {
   int rows = 1;                    // that a slot takes at a time
   int block = 32;                  // threads a block
   int cluster = 1;                 // blocks a row
-  bool few = false;                // kPlain: rows are so few that a thread may have more registers
+  bool more_registers = false;     // kPlain: there are so few threads that each may have as many as it likes
   int ahead = 0;                   // rows that a ring copies ahead; 0: as RowsAhead says, or two
   int64_t grid = 0;                // blocks; a multiple of `cluster`
   bool dependent = false;          // launched while the stream's last kernel ends, which it waits for
@@ -134,9 +135,10 @@ struct LaunchConfig {
   int64_t most_shared_memory = 0;  // that a launch may ask for: the same for all, see LaunchKernel
 };
 
-// `margin`: SMs to leave alone. The mapping of elements to threads (of rows that are not aligned: to strips,
-// see unaligned.cuh) depends on hidden, dtypes, alignment and the number of gradients only, never on the
-// number of rows, the device or the margin: a row's bits are the same in every batch.
+// `margin`: SMs to leave alone. The mapping of elements to threads (of a forward's long rows, and of rows
+// that are not aligned: to strips, see PacketInRow and unaligned.cuh) depends on hidden, dtypes, alignment
+// and the number of gradients only, never on the number of rows, the device or the margin: a row's bits are
+// the same in every batch.
 LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x, DType gamma,
                               Alignment alignment, int margin, const Fused& fused = {});
 

@@ -56,7 +56,8 @@ LaunchConfig BackwardLayout(const Device& device, const Ring& ring, int64_t pack
 
 // Whether rows are so few that dx and dgamma are better computed side by side: all that is read, of
 // `element_bytes` for each element, stays in the L2 cache, a tile of dgamma has few rows for each of its
-// threads, and the blocks find room, two on an SM; clusters of larger ones in two rounds.
+// threads, and the blocks find room, two on an SM. Clusters may take two rounds, but for windows, whose tiles
+// take longer, and for several gradients of y, of which a round reads more than it saves.
 bool AreFew(const Device& device, const Shape& shape, DType x, int64_t element_bytes, bool windows,
             int gradients, const LaunchConfig& config) {
   const int64_t rows = shape.groups * shape.rows, places = int64_t{2} * device.sm_count;

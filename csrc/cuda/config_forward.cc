@@ -39,18 +39,18 @@ LaunchConfig ForwardLayout(const Device& device, const Ring& ring, int64_t packe
   return config;
 }
 
-// How the long rows that ForwardLayout gave a cluster get there: few straight into registers; many by way of
-// shared memory, as long as an SM has room for three; longer ones, and all with a margin, by a ring. The bits
-// are the same.
+// How the long rows that ForwardLayout gave a cluster, or a block alone, get there: few straight into
+// registers; many by way of shared memory, those of a cluster as long as an SM has room for three; longer
+// ones, and all with a margin, by a ring. The bits are the same.
 void ChooseLong(const Device& device, const Ring& ring, int64_t rows, int64_t hidden, DType x,
                 bool wide_gamma, int margin, LaunchConfig* config) {
-  constexpr int kStages = 3;
   constexpr int64_t kMostStaged = 24 * 1024;  // elements
   // Of blocks, as many as there are SMs, each of which has room for two or more.
   const int64_t rounds = wide_gamma || config->cluster > 2 ? 4 : 8;
   if (margin == 0 && rows * config->cluster <= rounds * device.sm_count) return;
-  const int64_t stage = StageBytes(hidden * SizeOf(x)) + kOtherSharedMemory;
-  if (margin == 0 && hidden <= kMostStaged && kStages * stage <= device.shared_memory) {
+  const int stages = config->cluster == 1 ? 1 : 3;
+  const int64_t stage = StageBytes(hidden * SizeOf(x)) + kOtherStageMemory;
+  if (margin == 0 && hidden <= kMostStaged && stages * stage <= device.shared_memory) {
     *config = Staged(hidden, config->width, x);
   } else {
     ring.Fill(config, kMaxThreads);
@@ -152,7 +152,6 @@ LaunchConfig RotaryForwardLayout(int64_t rows, int64_t hidden, int64_t width, co
 
 LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x, DType gamma,
                               Alignment alignment, int margin, const Fused& fused) {
-  constexpr int kFewPerSM = 512;  // threads that an SM has twice the registers for
   const int64_t rows = shape.groups * shape.rows;
   const bool wide_gamma = SizeOf(gamma) > SizeOf(x);
   const auto width = static_cast<int>(16 / SizeOf(x));
@@ -168,7 +167,9 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
     config.width = width;
     if (config.scope == Scope::kCluster) {
       ChooseLong(device, ring, rows, shape.hidden, x, wide_gamma, margin, &config);
-    } else if (config.scope != Scope::kLoop && margin > 0) {
+    } else if (config.scope == Scope::kLoop) {  // too long for a block's registers, and there are no clusters
+      if (StageBytes(shape.hidden * SizeOf(x)) <= room) config = Staged(shape.hidden, width, x);
+    } else if (margin > 0) {
       ring.Fill(&config, kMaxThreads);
     }
   } else if (alignment == Alignment::kTensors) {
@@ -198,7 +199,8 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
       }
     }
     config.grid = std::min(CeilDiv(rows, slots * config.rows), most) * config.cluster;
-    config.few = config.grid * config.block <= int64_t{kFewPerSM} * device.sm_count;
+    config.more_registers = config.method == Method::kPlain && fused.fusion == Fusion::kNone &&
+                            config.grid * config.block <= int64_t{kMaxThreads} * device.sm_count;
     config.dependent = device.dependent_launch;
   }
   return config;

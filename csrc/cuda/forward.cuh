@@ -13,8 +13,8 @@
 namespace jax_rmsnorm {
 
 // Blocks an SM for which the compiler keeps registers.
-template <typename G, typename A, Scope kScope, bool kFew>
-constexpr int kForwardBlocks = kFew                                        ? 1
+template <typename G, typename A, Scope kScope, bool kMoreRegisters>
+constexpr int kForwardBlocks = kMoreRegisters                              ? 1
                                : !std::is_void_v<A>                        ? 3
                                : kScope == Scope::kLanes && sizeof(G) == 4 ? 1
                                                                            : 2;
@@ -22,15 +22,17 @@ constexpr int kForwardBlocks = kFew                                        ? 1
 // Grid: each item is one row for every `threads_per_row` threads of the block (or for the cluster); items are
 // dealt out with the grid as stride. kSize elements a packet, kPackets packets a thread, held in registers
 // between the sum and the write; gamma, of type G, is loaded before the sum where there are registers for it:
-// with kFew always.
+// with kMoreRegisters always.
 //
 // Preconditions: hidden is a multiple of kSize and all rows are aligned to packets, of 16 bytes at the most;
 // the row fits, hidden <= kSize * kPackets * threads_per_row * blocks of the cluster.
-template <typename T, typename G, typename A, int kSize, int kPackets, Scope kScope, bool kFew = false>
+template <typename T, typename G, typename A, int kSize, int kPackets, Scope kScope,
+          bool kMoreRegisters = false>
 __global__ __launch_bounds__(
     std::is_void_v<A> ? kMaxThreads : kFusedThreads,
-    kForwardBlocks<G, A, kScope, kFew>) void ForwardKernel(const __grid_constant__ ForwardParams params) {
-  constexpr bool kEarlyGamma = kFew || kPackets * Packet<G, kSize>::kRegisters <= 16;
+    kForwardBlocks<G, A, kScope, kMoreRegisters>) void ForwardKernel(const __grid_constant__ ForwardParams
+                                                                         params) {
+  constexpr bool kEarlyGamma = kMoreRegisters || kPackets * Packet<G, kSize>::kRegisters <= 16;
   const ForwardArgs& args = params.args;
   const Arithmetic& arithmetic = args.arithmetic;
   const T* x = static_cast<const T*>(args.x);
@@ -171,10 +173,10 @@ auto FindForwardPlain(const LaunchConfig& config) -> void (*)(ForwardParams) {
   constexpr int kMany = ForwardPackets(kSize, sizeof(T));
   if constexpr (kBytes == 16 && std::is_void_v<A>) {
     if (config.scope == Scope::kCluster) {
-      return config.few ? ForwardKernel<T, G, A, kSize, 4, Scope::kCluster, true>
-                        : ForwardKernel<T, G, A, kSize, 4, Scope::kCluster>;
+      return config.more_registers ? ForwardKernel<T, G, A, kSize, 4, Scope::kCluster, true>
+                                   : ForwardKernel<T, G, A, kSize, 4, Scope::kCluster>;
     }
-    if (config.few && config.packets == 4) {
+    if (config.more_registers && config.packets == 4) {
       return config.scope == Scope::kBlock ? ForwardKernel<T, G, A, kSize, 4, Scope::kBlock, true>
                                            : ForwardKernel<T, G, A, kSize, 4, Scope::kLanes, true>;
     }

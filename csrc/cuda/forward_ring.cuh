@@ -1,5 +1,5 @@
-// The forward kernel of persistent blocks: rows too long for one block, and whatever is to leave SMs to
-// others.
+// The forward kernel of persistent blocks: many rows that are too long to be staged, and whatever is to leave
+// SMs to others.
 #pragma once
 
 #include "forward_common.cuh"

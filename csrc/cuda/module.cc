@@ -58,6 +58,7 @@ nb::dict ToDict(const LaunchConfig& config) {
   dict["slots"] = config.slots;
   dict["block"] = config.block;
   dict["cluster"] = config.cluster;
+  dict["more_registers"] = config.more_registers;
   dict["grid"] = config.grid;
   dict["dependent"] = config.dependent;
   dict["tiles"] = config.tiles;

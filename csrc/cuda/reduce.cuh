@@ -108,9 +108,9 @@ struct ClusterPlace {
   }
 };
 
-// Which packet of the row a thread's packet k is. Long rows (kCluster) lie in strips, of 32 * kPackets
-// packets in a row, one for each warp: the order in which they are added up is the same for any number of
-// warps and blocks.
+// Which packet of a forward's row a thread's packet k is. Long rows (kCluster) lie in strips, of 32 *
+// kPackets packets in a row, one for each warp: the order in which they are added up is the same for any
+// number of warps and blocks.
 template <Scope kScope, int kPackets>
 __device__ __forceinline__ int PacketInRow(const ClusterPlace<kScope>& place, int threads, int thread,
                                            int k) {

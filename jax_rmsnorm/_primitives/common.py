@@ -18,9 +18,11 @@ from .._partitioning import GAMMA, HIDDEN, Axes, Dims, row_dims
 
 KERNEL_DTYPES = frozenset(map(np.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 
-_MOST_PARTIAL_ROWS = 256  # no GPU has more SMs, and no persistent kernel more blocks
+_MOST_PARTIAL_ROWS = 2048
+_GPU_PARTIAL_ROWS = 256  # no GPU has more SMs, and no persistent kernel more blocks
 _LEAST_PARTIAL_ROWS = 64
 _PARTIAL_ELEMENTS = 2**22
+_SMALL_PARTIAL_ELEMENTS = 2**18
 _MOST_SHIFTS = 8  # of rows against multiples of 16 bytes: there are as many elements of two
 
 
@@ -122,15 +124,17 @@ def sum_dgamma(
 def _scratch_shape(x_shape: tuple[Any, ...], gamma_shape: tuple[Any, ...]) -> tuple[Any, ...]:
     """[*groups, partial rows, H] of float32 for dgamma, from the shape alone, so that tracing needs no device.
 
-    Partial rows bound the number of blocks that share a group's rows. They come to 16 MiB for any H from 16,384 to
-    65,536, and less below, or to one row a group where there are many groups; where not every row begins at a
-    multiple of 16 bytes, to one for each distance from there.
+    Partial rows bound the number of blocks, or of a CPU's tasks, that share a group's rows. They come to 16 MiB for
+    any H from 16,384 to 65,536, and less below: to as many as a GPU may need, or to 1 MiB for the CPU's sums of short
+    rows. Where there are many groups, to one row a group; where not every row begins at a multiple of 16 bytes, to one
+    for each distance from there.
     """
     groups, hidden = gamma_shape[:-1], gamma_shape[-1]
     rows = x_shape[len(groups) : -1]
     bound = _LEAST_PARTIAL_ROWS
     if is_static_dim(hidden):
-        bound = min(max(_PARTIAL_ELEMENTS // hidden, _LEAST_PARTIAL_ROWS), _MOST_PARTIAL_ROWS)
+        most = min(max(_SMALL_PARTIAL_ELEMENTS // hidden, _GPU_PARTIAL_ROWS), _MOST_PARTIAL_ROWS)
+        bound = min(max(_PARTIAL_ELEMENTS // hidden, _LEAST_PARTIAL_ROWS), most)
     if all(map(is_static_dim, groups)):
         bound = -(-bound // max(1, math.prod(groups)))
     if not is_static_dim(hidden) or hidden % _MOST_SHIFTS:

@@ -113,6 +113,21 @@ def test_gamma_of_add_batched_by_vmap():
         assert h.shape == x.shape
 
 
+@pytest.mark.parametrize("summand", ["x", "residual"])
+@pytest.mark.parametrize("hidden", [72, 1024, 4096, 16_384, 65_536, 131_072])
+def test_overwriting(hidden, summand):
+    """By each kernel with an addend: registers, a staged row, a loop that reads h again."""
+    x, residual = (draw(i, (70, hidden), jnp.bfloat16) for i in range(2))
+    gamma = draw(2, hidden, jnp.float32)
+    norm = functools.partial(jax_rmsnorm.add_rms_norm, implementation="kernel")
+    overwriting = functools.partial(norm, overwrite=summand)
+    want = norm(x, residual, gamma)
+    donating = jax.jit(overwriting, donate_argnums=("x", "residual").index(summand))
+    for got in (overwriting(x, residual, gamma), donating(x + 0, residual + 0, gamma)):
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+    jax.tree.map(np.testing.assert_array_equal, overwriting(x, x, gamma), norm(x, x, gamma))
+
+
 @pytest.mark.parametrize("hidden", [72, 1024, 4096, 12_288])
 def test_bits_of_add(hidden):
     """The same bits again, and a row's own bits in any batch."""

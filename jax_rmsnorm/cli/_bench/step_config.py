@@ -46,7 +46,7 @@ class Config:
     def __str__(self) -> str:
         projections = "joint" if self.joint else "separate"
         what = "forward alone" if self.forward else f"remat {'on' if self.remat else 'off'}"
-        mesh = "" if self.mesh is None else f", mesh {self.mesh}, stream by {self.stream}"
+        mesh = "" if self.mesh is None else f", mesh {self.mesh}, stream split: {self.stream}"
         return (
             f"{self.name}: d {self.d_model} x {self.layers} layers, {self.batch}x{self.seq} tokens, "
             f"{projections} projections, {what}{mesh}"
