@@ -92,7 +92,6 @@ constexpr int kLeastTilePackets = 2;
 // Of a block's shared memory, what is not dynamic: the sums, up to 5 KiB in a cluster, and the system's 1
 // KiB.
 constexpr int kOtherSharedMemory = 7 * 1024;
-constexpr int kOtherStageMemory = 2 * 1024;  // the same where a row is staged
 
 struct Device {
   int sm_count = 0;

@@ -49,7 +49,7 @@ void ChooseLong(const Device& device, const Ring& ring, int64_t rows, int64_t hi
   const int64_t rounds = wide_gamma || config->cluster > 2 ? 4 : 8;
   if (margin == 0 && rows * config->cluster <= rounds * device.sm_count) return;
   const int stages = config->cluster == 1 ? 1 : 3;
-  const int64_t stage = StageBytes(hidden * SizeOf(x)) + kOtherStageMemory;
+  const int64_t stage = StageBytes(hidden * SizeOf(x)) + kOtherSharedMemory;
   if (margin == 0 && hidden <= kMostStaged && stages * stage <= device.shared_memory) {
     *config = Staged(hidden, config->width, x);
   } else {
@@ -167,9 +167,7 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
     config.width = width;
     if (config.scope == Scope::kCluster) {
       ChooseLong(device, ring, rows, shape.hidden, x, wide_gamma, margin, &config);
-    } else if (config.scope == Scope::kLoop) {  // too long for a block's registers, and there are no clusters
-      if (StageBytes(shape.hidden * SizeOf(x)) <= room) config = Staged(shape.hidden, width, x);
-    } else if (margin > 0) {
+    } else if (config.scope != Scope::kLoop && margin > 0) {
       ring.Fill(&config, kMaxThreads);
     }
   } else if (alignment == Alignment::kTensors) {

@@ -148,8 +148,7 @@ __global__ __launch_bounds__(kMaxThreads, kAligned || sizeof(G) < 4 ? 3 : 2) voi
         write(at, std::false_type{});
       }
     }
-    if constexpr (!kAligned)
-      __syncthreads();  // the row is read no more; an aligned one only by who copied it
+    __syncthreads();  // the row is read no more
   }
 }
 
