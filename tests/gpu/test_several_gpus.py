@@ -10,6 +10,7 @@ import pytest
 from checks import draw
 from compiled import collectives, kernels
 from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from sharded import (
     AXIS_TYPES,
     add_gradients,
@@ -19,6 +20,8 @@ from sharded import (
     put,
     rope_gradients,
 )
+
+from jax_rmsnorm import add_rms_norm
 
 GPUS = jax.device_count()
 pytestmark = pytest.mark.skipif(GPUS not in (2, 4, 8), reason="needs 2, 4 or 8 GPUs")
@@ -93,3 +96,31 @@ def test_rms_norm_rope(dimension, axis_type):
     want = oracle.rms_norm_rope(Q, GAMMA_Q, COS, SIN, DQ)
     oracle.assert_close(y, want.y, terms=want.y_terms, what="y")
     assert_gradients(dx, dgamma, want)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("spec", SPECS[:2], ids=str)
+def test_within_shard_map(spec, check_vma):
+    mesh = make_mesh(AxisType.Auto)
+    rows, whole = P(*spec), P()
+
+    def sharded(f, specs, results):
+        return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=results, check_vma=check_vma)
+
+    def run(x, residual, gamma, dy, dh):
+        norm = sharded(add_rms_norm, (rows, rows, whole), (rows, rows))
+        (y, h), vjp = jax.vjp(norm, x, residual, gamma)
+        return y, h, *vjp((dy, dh.astype(h.dtype)))
+
+    gamma = GAMMA.astype(F32)  # whose gradients JAX adds up over devices in its own dtype here
+    operands = [put(mesh, a, *spec) for a in (X, RESIDUAL)] + [put(mesh, gamma)]
+    operands += [put(mesh, a, *spec) for a in (DY, DH)]
+    compiled = compile_on(mesh, run, *operands)
+    assert sum(kernels(compiled).values()) == 2
+    assert all(name.startswith("all-reduce") for name in collectives(compiled))
+    y, h, dx, dresidual, dgamma = compiled(*operands)
+    h_want, want = oracle.add_rms_norm(X, RESIDUAL, gamma, DY, DH)
+    np.testing.assert_array_equal(np.asarray(h), h_want)
+    oracle.assert_close(y, want.y, what="y")
+    oracle.assert_close(dx, want.dx, terms=want.dx_terms, what="dx")
+    assert_gradients(dresidual, dgamma, want)
