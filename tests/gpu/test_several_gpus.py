@@ -54,6 +54,14 @@ def assert_program(compiled, spec, names) -> None:
         assert kernels(compiled) == {f"{name}[{shard}]": 1 for name in names}
 
 
+def assert_added(gamma, y, h, dx, dresidual, dgamma) -> None:
+    h_want, want = oracle.add_rms_norm(X, RESIDUAL, gamma, DY, DH)
+    np.testing.assert_array_equal(np.asarray(h), h_want)
+    oracle.assert_close(y, want.y, what="y")
+    oracle.assert_close(dx, want.dx, terms=want.dx_terms, what="dx")
+    assert_gradients(dresidual, dgamma, want)
+
+
 @AXIS_TYPES
 @LAYOUTS
 def test_rms_norm(spec, axis_type):
@@ -75,12 +83,7 @@ def test_add_rms_norm(spec, axis_type):
     operands = x, residual, put(mesh, GAMMA, *spec[2:]), dy, dh
     compiled = compile_on(mesh, add_gradients, *operands)
     assert_program(compiled, spec, ("add_forward bf16", "add_backward f32"))
-    y, h, dx, dresidual, dgamma = compiled(*operands)
-    h_want, want = oracle.add_rms_norm(X, RESIDUAL, GAMMA, DY, DH)
-    np.testing.assert_array_equal(np.asarray(h), h_want)
-    oracle.assert_close(y, want.y, what="y")
-    oracle.assert_close(dx, want.dx, terms=want.dx_terms, what="dx")
-    assert_gradients(dresidual, dgamma, want)
+    assert_added(GAMMA, *compiled(*operands))
 
 
 @AXIS_TYPES
@@ -118,9 +121,4 @@ def test_within_shard_map(spec, check_vma):
     compiled = compile_on(mesh, run, *operands)
     assert sum(kernels(compiled).values()) == 2
     assert all(name.startswith("all-reduce") for name in collectives(compiled))
-    y, h, dx, dresidual, dgamma = compiled(*operands)
-    h_want, want = oracle.add_rms_norm(X, RESIDUAL, gamma, DY, DH)
-    np.testing.assert_array_equal(np.asarray(h), h_want)
-    oracle.assert_close(y, want.y, what="y")
-    oracle.assert_close(dx, want.dx, terms=want.dx_terms, what="dx")
-    assert_gradients(dresidual, dgamma, want)
+    assert_added(gamma, *compiled(*operands))
