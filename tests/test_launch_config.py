@@ -176,7 +176,7 @@ def test_kernel(case):
         if direction == "forward" and config["aligned"] and case.margin > 0:
             assert kernel(config) in ("ring", "loop")
         assert not config["more_registers"] or (
-            kernel(config) == "plain" and config["grid"] * config["block"] <= 512 * case.sm_count
+            config["method"] == "plain" and config["grid"] * config["block"] <= 512 * case.sm_count
         )
         # A kernel that waits for its predecessor may start before that has ended.
         assert config["dependent"] == (
