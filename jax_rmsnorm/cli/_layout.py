@@ -102,6 +102,9 @@ class Layout:
         return f"{sizes or 'one device'} of {jax.device_count()} devices"
 
 
+ONE_DEVICE = Layout()
+
+
 def parse(text: str) -> dict[str, int]:
     """The sizes of all `AXES` from ``data=2,tensor=2``; axes that are left out have size 1.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jax.sharding import PartitionSpec as P
 
 from .._errors import OptionError
-from .._layout import BATCH_AXES, Layout, make_mesh, parse
+from .._layout import BATCH_AXES, ONE_DEVICE, Layout, make_mesh, parse
 from .step_config import Config
 
 # The head is gathered, and logits split by positions: a vocabulary's activations are larger than its parameters.
@@ -25,7 +25,7 @@ def make(config: Config) -> Layout:
         OptionError: there are too few devices, or the model does not divide so.
     """
     if config.mesh is None:
-        return Layout()
+        return ONE_DEVICE
     sizes = parse(config.mesh)
     if config.joint and sizes["tensor"] > 1:
         raise OptionError(
@@ -37,5 +37,5 @@ def make(config: Config) -> Layout:
         ("the sequence", config.seq, ("tensor",)),
         ("d_model", config.d_model, ("fsdp", "tensor")),
         ("the SwiGLU's hidden size", config.d_ff, ("tensor",)),
-    )  # fmt: skip
+    )
     return Layout(make_mesh(sizes, lengths), _PARAMETERS, stream=config.stream)

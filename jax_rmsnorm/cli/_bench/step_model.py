@@ -12,13 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .._layout import Layout
+from .._layout import ONE_DEVICE, Layout
 from .step_config import Config
 from .step_norms import Copies, Norms
 
 _DTYPE = jnp.bfloat16
 _ROTARY_BASE = 1e6
-_ONE_DEVICE = Layout()
 
 
 class Layer(NamedTuple):
@@ -50,7 +49,7 @@ class Data(NamedTuple):
 
 
 def loss(
-    params: Params, data: Data, config: Config, norms: Norms, layout: Layout = _ONE_DEVICE
+    params: Params, data: Data, config: Config, norms: Norms, layout: Layout = ONE_DEVICE
 ) -> jax.Array:
     """Mean cross-entropy, in nats, of each next token; of a forward alone, of the last one."""
     logits = _logits(params, data, config, norms, layout)

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from .._layout import Layout
+from .._layout import ONE_DEVICE, Layout
 from . import step_model, step_norms
 from .step_config import Config
 
@@ -26,7 +26,6 @@ _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = ")
 _CALLED = re.compile(r"\bcalls=%?([\w.-]+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _PRODUCT = re.compile(r" dot\(")
-_ONE_DEVICE = Layout()
 
 
 class State(NamedTuple):
@@ -76,7 +75,7 @@ def _optimizer(config: Config) -> optax.GradientTransformation:
     return optax.adamw(schedule, b2=0.95, weight_decay=0.1)
 
 
-def initial_state(config: Config, layout: Layout = _ONE_DEVICE) -> State:
+def initial_state(config: Config, layout: Layout = ONE_DEVICE) -> State:
     """Parameters and optimizer state before the first step: the same for every implementation."""
     params = step_model.init(config)
     if config.forward:
@@ -89,7 +88,7 @@ def initial_state(config: Config, layout: Layout = _ONE_DEVICE) -> State:
     return jax.device_put(state, layout.shardings(state))
 
 
-def draw(config: Config, layout: Layout = _ONE_DEVICE) -> step_model.Data:
+def draw(config: Config, layout: Layout = ONE_DEVICE) -> step_model.Data:
     """The data of every step."""
     return jax.device_put(step_model.draw(config), _data_shardings(layout))
 
@@ -101,7 +100,7 @@ def _data_shardings(layout: Layout) -> Any:
     return step_model.Data(**shardings | {"tokens": layout.windows})
 
 
-def compile_step(config: Config, norms: step_norms.Norms, layout: Layout = _ONE_DEVICE) -> Program:
+def compile_step(config: Config, norms: step_norms.Norms, layout: Layout = ONE_DEVICE) -> Program:
     """Compiles the step of a model with these norms."""
     optimizer = _optimizer(config)
 

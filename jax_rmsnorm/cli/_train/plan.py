@@ -66,7 +66,7 @@ def make(
         resumed = checkpoint.read(Path(resume))
         settings = config.from_checkpoint(resumed.config, given)
     last = _last_step(0 if resumed is None else resumed.step, settings.steps, stop_at)
-    placed = Layout() if sizes is None else layout.make(sizes, settings)
+    placed = _layout.ONE_DEVICE if sizes is None else layout.make(sizes, settings)
     return Plan(settings, last, _folder(out, resume), resumed, placed)
 
 
