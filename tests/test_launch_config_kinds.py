@@ -74,3 +74,47 @@ def test_rotary_kernels_cover_the_usual_heads(hidden, interleaved):
         assert cuda.fuses_rope(
             hidden=hidden, width=hidden, interleaved=interleaved, x="bfloat16", dy=dy
         )
+
+
+H200 = {"l2_bytes": 60 << 20, "memory_bandwidth": 4814.3}
+SPECIFIED_SHARE = {"forward": 0.835, "backward": 0.885}
+
+
+@settings(max_examples=300)
+@given(
+    st.sampled_from(["forward", "backward"]),
+    st.integers(1, 20_000).map(lambda n: 8 * n),
+    st.integers(2**10, 2**20),
+    st.sampled_from(["bfloat16", "float32"]),
+    st.integers(0, 64),
+)
+@example("backward", 4096, 16_384, "bfloat16", 0)
+@example("backward", 4096, 4096, "bfloat16", 0)
+@example("forward", 4096, 65_536, "bfloat16", 8)
+def test_persistent_blocks_are_held_back(direction, hidden, rows, x, margin):
+    """Together they move no more than the memory gives, where most of it comes from memory; nothing else is."""
+    configure = {"forward": cuda.forward_config, "backward": cuda.backward_config}[direction]
+    call = {"rows": rows, "hidden": hidden, "x": x, "margin": margin}
+    call |= {"dy": x} if direction == "backward" else {}
+    config = configure(**call, **H200)
+    row = hidden * SIZES[x] * (2 if direction == "forward" else 3)
+    if (
+        config["method"] != "ring"
+        or config["scope"] == "loop"
+        or rows * row <= 4 * H200["l2_bytes"]
+    ):
+        assert config["turn_ns"] == 0
+        return
+    slots = config["grid"] // config["cluster"] * (config["block"] // config["threads_per_row"])
+    bandwidth = SPECIFIED_SHARE[direction] * H200["memory_bandwidth"]
+    assert config["turn_ns"] == int(slots * row / bandwidth)
+    assert configure(**call)["turn_ns"] == 0, "a device of which the bandwidth is not known"
+
+
+@pytest.mark.parametrize("hidden", [1001, 4097, 4100, 50_257])
+def test_rows_that_are_not_aligned_are_not_held_back(hidden):
+    """They take more instructions, and do not ask for more than their share."""
+    for configure in (cuda.forward_config, cuda.backward_config):
+        config = configure(rows=2**17, hidden=hidden, alignment="tensors", **H200)
+        assert not config["aligned"]
+        assert config["turn_ns"] == 0

@@ -17,7 +17,8 @@ namespace jax_rmsnorm {
 //
 // In each turn a thread adds up its part of row t, hands it in, and only then asks for the sum of row t - 1
 // and writes that row's dx: nobody waits for the slowest thread of the row. Both rows are in the ring, and
-// behind them the packets in flight, as many as the memory likes best.
+// behind them the packets in flight, as many as the memory likes best. A row for part of a warp is done with
+// in one turn, since the sum of its lanes makes nobody wait.
 //
 // Preconditions: all tensors are aligned to 16 bytes, and all rows to their packets; the row fits, hidden <=
 // kSize * kPackets * threads_per_row * blocks of the cluster. Gradients beyond the first dy need kAdd.
@@ -28,6 +29,7 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
   constexpr bool kAdd = kFusion == Fusion::kAdd;
   constexpr int kAhead = kRowsAhead<kScope, kPackets * kSize * kNarrowest / 16, kAdd>;
   constexpr int kPlaces = (kAhead + 2) * kPackets;
+  constexpr int kBehind = kScope == Scope::kLanes ? 0 : 1;  // turns from a row's sum to its dx
   constexpr int kUnit = 16 / (kSize * kNarrowest);  // packets that are copied, and waited for, together
   // Of the units ahead, those that may still be in flight when the next is copied: all but the one that is
   // read, and with three packets all but two, which the memory likes better.
@@ -44,6 +46,7 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
   SplitRowSum<kScope> row_sum(sum_memory, threads, slots.number, thread);
   LaunchDependents();
   WaitForPrimary();
+  Pace pace(params.turn_ns, thread < 32 && place.rank == 0);
   const uint32_t ring_memory = SharedAddress(shared);
   const PacketRing<T, kSize, false, !kAdd> x_ring(ring_memory, args.x);
   const PacketRing<D, kSize, false, !kAdd> dy_ring(ring_memory + kPlaces * x_ring.Bytes(), args.dy[0]);
@@ -76,6 +79,7 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
   unsigned turn = 0;  // counted on from item to item, for row_sum
   for (int64_t item = blockIdx.x / place.blocks; item < items; item += gridDim.x / place.blocks) {
     const Turns<> turns(args.shape, params.blocks_per_group, item, slots.count, slots.number);
+    const bool first_item = item < gridDim.x / place.blocks;
     const int64_t row_step = turns.step * hidden;
     int64_t start = turns.row * hidden;
     // Copies a unit of the row at element `begin`, from packet `unit` on, to the ring's row at place `to`.
@@ -100,11 +104,13 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
 #pragma unroll
     for (int t = 0; t < kAhead; ++t) {
 #pragma unroll
-      for (int k = 0; k < kPackets; k += kUnit) copy(t * kPackets, k, start + t * row_step, t < turns.own);
+      for (int k = 0; k < kPackets; k += kUnit) copy(t * kPackets, k, start + t * row_step, turns.Has(t));
     }
 
     const float* rrms_of = args.rrms + turns.row;
-    float next_rrms = turns.own > 0 ? *rrms_of : 0.0f;
+    float next_rrms = turns.Has(0) ? *rrms_of : 0.0f;
+    if (first_item) row_sum.Start();
+    const int all = turns.All(), own = turns.Own();
 
     const int64_t gamma_start = turns.group * hidden;
     float gamma[kPackets][kSize], dgamma[kPackets][kSize];
@@ -119,18 +125,19 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
     // The ring's places of the rows of this turn and of the last one, and of the row to be copied.
     int from = 0, last_from = 0, to = kAhead * kPackets;
 #pragma unroll 1
-    for (int t = 0; t <= turns.all; ++t) {
+    for (int t = 0; t < all + kBehind; ++t) {
       const float last_rrms = rrms;
-      if (t < turns.all) {
+      if (t < all) {
+        if constexpr (kUnit == 1) pace.Wait();
         rrms = next_rrms;
         rrms_of += turns.step;
-        next_rrms = t + 1 < turns.own ? *rrms_of : 0.0f;
+        next_rrms = t + 1 < own ? *rrms_of : 0.0f;
         float sum = 0.0f;
 #pragma unroll
         for (int k = 0; k < kPackets; ++k) {
           if (k % kUnit == 0) {
             WaitCopies<kInFlight>();
-            copy(to, k, start + kAhead * row_step, t + kAhead < turns.own);
+            copy(to, k, start + kAhead * row_step, t + kAhead < own);
           }
           float x[kSize], dy[kSize];
           x_ring.Read(from + k).Get(x);
@@ -139,23 +146,25 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
         }
         row_sum.Post(turn + t, sum);
       }
-      if (t > 0) {
-        const float mean = row_sum.Wait(turn + t - 1) * params.inverse_hidden;
-        const float slope = Slope(last_rrms, mean);
-        if (t <= turns.own) {
-          const int64_t last_start = start - row_step;
+      if (t >= kBehind) {
+        const float mean = row_sum.Wait(turn + t - kBehind) * params.inverse_hidden;
+        const float of_row = kBehind == 0 ? rrms : last_rrms;
+        const float slope = Slope(of_row, mean);
+        if (t - kBehind < own) {
+          const int64_t begin = start - kBehind * row_step;
+          const int at = kBehind == 0 ? from : last_from;
 #pragma unroll
           for (int k = 0; k < kPackets; ++k) {
             float x[kSize], dy[kSize], dx[kSize];
-            x_ring.Read(last_from + k).Get(x);
-            read_dy(last_from + k, dy);
-            Differentiate(x, dy, gamma[k], last_rrms, slope, dx);
+            x_ring.Read(at + k).Get(x);
+            read_dy(at + k, dy);
+            Differentiate(x, dy, gamma[k], of_row, slope, dx);
             if constexpr (kAdd) {
-              if (args.dh != nullptr) AddPacket(dh_ring.Read(last_from + k), dx);
+              if (args.dh != nullptr) AddPacket(dh_ring.Read(at + k), dx);
             }
             Packet<T, kSize> packet;
             packet.Set(dx);
-            packet.Store(static_cast<T*>(args.dx) + last_start + column[k], column[k] < hidden);
+            packet.Store(static_cast<T*>(args.dx) + begin + column[k], column[k] < hidden);
           }
         }
       }
@@ -164,7 +173,7 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
       from = from + kPackets == kPlaces ? 0 : from + kPackets;
       to = to + kPackets == kPlaces ? 0 : to + kPackets;
     }
-    turn += turns.all;
+    turn += all;
     WaitCopies<0>();
     if (args.dgamma == nullptr) continue;
 
@@ -279,6 +288,7 @@ cudaError_t LaunchBackwardAs(const BackwardArgs& args, const LaunchConfig& confi
                               config.blocks_per_group,
                               config.tiles,
                               config.tile_packets,
+                              config.turn_ns,
                               RotaryPlaces(args.rotary)};
   return LaunchKernel(FindBackward<T, D>(config, args), params, config, stream);
 }

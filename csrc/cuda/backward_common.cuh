@@ -21,6 +21,7 @@ struct BackwardParams {
   int64_t blocks_per_group;
   int64_t tiles;        // of dgamma, in a group, where BackwardFewKernel works
   int tile_packets;     // columns of such a tile, in packets: a power of two
+  uint32_t turn_ns;     // see Pace
   RotaryPlaces places;  // of BackwardRotaryKernel
 };
 

@@ -31,6 +31,7 @@ __global__ __launch_bounds__(kLanesThreads,
   const int threads = slots.threads, thread = slots.thread;
   LaunchDependents();
   WaitForPrimary();
+  Pace pace(params.turn_ns, true);
   const uint32_t ring_memory = SharedAddress(shared);
   const PacketRing<T, kSize, false> x_ring(ring_memory, args.x);
   const PacketRing<D, kSize, false> dy_ring(ring_memory + kPlaces * x_ring.Bytes(), args.dy[0]);
@@ -56,7 +57,8 @@ __global__ __launch_bounds__(kLanesThreads,
       CommitCopies();
     };
 #pragma unroll
-    for (int t = 0; t < kAhead; ++t) copy(t * kTurn, start + t * row_step, t < turns.own);
+    for (int t = 0; t < kAhead; ++t) copy(t * kTurn, start + t * row_step, turns.Has(t));
+    const int all = turns.All(), own = turns.Own();
 
     float gamma[kPackets][kSize], dgamma[kPackets][kSize];
 #pragma unroll
@@ -80,12 +82,13 @@ __global__ __launch_bounds__(kLanesThreads,
         LoadAngles(rotary.sin, rotary.dtype, at, next_sin[k]);
       }
     };
-    if (turns.own > 0) prefetch(row);
+    if (own > 0) prefetch(row);
 
     int from = 0, to = kAhead * kTurn;
 #pragma unroll 1
-    for (int t = 0; t < turns.all; ++t) {
-      const bool live = t < turns.own;
+    for (int t = 0; t < all; ++t) {
+      const bool live = t < own;
+      pace.Wait();
       float cos[kAngled][kAngles], sin[kAngled][kAngles], rrms[kRows];
 #pragma unroll
       for (int k = 0; k < kAngled; ++k) {
@@ -97,9 +100,9 @@ __global__ __launch_bounds__(kLanesThreads,
       }
 #pragma unroll
       for (int r = 0; r < kRows; ++r) rrms[r] = next_rrms[r];
-      if (t + 1 < turns.own) prefetch(row + turns.step);
+      if (t + 1 < own) prefetch(row + turns.step);
       WaitCopies<kAhead - 1>();
-      copy(to, start + kAhead * row_step, t + kAhead < turns.own);
+      copy(to, start + kAhead * row_step, t + kAhead < own);
 
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {

@@ -62,9 +62,11 @@ __global__ __launch_bounds__(kScope == Scope::kCluster ? kMaxThreads : kLanesThr
 #pragma unroll
     for (int t = 0; t < kAhead; ++t, ++ahead, ahead_row = turns.After(ahead_row)) {
 #pragma unroll
-      for (int k = 0; k < kPackets; ++k) copy(t * kPackets, k, ahead_row, ahead < turns.own);
+      for (int k = 0; k < kPackets; ++k) copy(t * kPackets, k, ahead_row, turns.Has(ahead));
     }
-    float next_rrms = turns.own > 0 ? args.rrms[row] : 0.0f;
+    if (item < gridDim.x / place.blocks) row_sum.Start();
+    const int all = turns.All(), own = turns.Own();
+    float next_rrms = own > 0 ? args.rrms[row] : 0.0f;
     // The ring's places of the rows of this turn and of the last one, and of the row to be copied.
     int from = 0, last_from = 0, to = kAhead * kPackets;
 
@@ -81,16 +83,16 @@ __global__ __launch_bounds__(kScope == Scope::kCluster ? kMaxThreads : kLanesThr
       int64_t last_row = row;
 #pragma unroll 1
       while (true) {
-        const bool more = turn < turns.all && (kScope != Scope::kCluster || shift_of(row * hidden) == shift);
+        const bool more = turn < all && (kScope != Scope::kCluster || shift_of(row * hidden) == shift);
         const float last_rrms = rrms;
         if (more) {
           rrms = next_rrms;
-          next_rrms = turn + 1 < turns.own ? args.rrms[turns.After(row)] : 0.0f;
+          next_rrms = turn + 1 < own ? args.rrms[turns.After(row)] : 0.0f;
           const auto circle = SumOfStrip(
               strip, shift, shift + hidden,
               [&](int k, float (&terms)[kSize]) {
                 WaitCopies<kInFlight>();
-                copy(to, k, ahead_row, ahead < turns.own);
+                copy(to, k, ahead_row, ahead < own);
                 float x[kSize], dy[kSize];
                 x_ring.Read(from + k).Get(x);
                 dy_ring.Read(from + k).Get(dy);
@@ -111,7 +113,7 @@ __global__ __launch_bounds__(kScope == Scope::kCluster ? kMaxThreads : kLanesThr
         if (turn > first_turn) {
           const float mean = row_sum.Wait(sums - (more ? 2 : 1)) * params.inverse_hidden;
           const float slope = Slope(last_rrms, mean);
-          if (turn <= turns.own) {
+          if (turn <= own) {
             T* dx_row = static_cast<T*>(args.dx) + last_row * hidden;
 #pragma unroll
             for (int k = 0; k < kPackets; ++k) {
@@ -132,14 +134,14 @@ __global__ __launch_bounds__(kScope == Scope::kCluster ? kMaxThreads : kLanesThr
         from = from + kPackets == kPlaces ? 0 : from + kPackets;
         to = to + kPackets == kPlaces ? 0 : to + kPackets;
       }
-      if (turn >= turns.all) WaitCopies<0>();
+      if (turn >= all) WaitCopies<0>();
       if (args.dgamma == nullptr) continue;
       // Rows of another shift have other threads at a column, which have handed in a row's sum in between.
       if (first_turn > 0) __threadfence();
       StoreBlockDgamma<false>(params, turns.group, turns.block, slots.count, slots.number, column, dgamma,
                               reinterpret_cast<float*>(shared), first_turn > 0);
-      if (turn < turns.all) __threadfence();
-    } while (turn < turns.all);
+      if (turn < all) __threadfence();
+    } while (turn < all);
   }
 }
 

@@ -100,6 +100,9 @@ struct Device {
   bool dependent_launch = false;  // programmatic dependent launch, likewise
   // Clusters of so many blocks that can run at the same time, a block an SM; 0: not known.
   int resident_clusters[kMaxCluster + 1] = {};
+  int64_t l2_bytes = 0;
+  // Bytes a nanosecond, as specified; 0: persistent blocks are not held back, see Pace in ring.cuh.
+  double memory_bandwidth = 0;
 };
 
 // What the configuration must know of a fused operation.
@@ -130,6 +133,7 @@ struct LaunchConfig {
   int64_t tiles = 0;               // kFew: of a group's dgamma
   int tile_packets = 0;            // kFew: columns of a tile, in packets
   int64_t blocks_per_group = 0;    // persistent blocks (or clusters) that share the rows of one group
+  uint32_t turn_ns = 0;            // that a persistent block's turn takes at the least; 0: not held back
   int64_t shared_memory = 0;       // dynamic, in bytes
   int64_t most_shared_memory = 0;  // that a launch may ask for: the same for all, see LaunchKernel
 };

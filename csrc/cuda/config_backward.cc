@@ -38,7 +38,7 @@ LaunchConfig UnalignedBackwardLayout(const Device& device, Ring* ring, int64_t h
 }
 
 LaunchConfig BackwardLayout(const Device& device, const Ring& ring, int64_t packets) {
-  constexpr int kMostForThree = 88;  // packets of a warp's row that two warps do not read as fast
+  constexpr int kMostForThree = 96;  // packets of a warp's row that two warps do not read as fast
   constexpr int kLeastForTwo = 320, kMostForTwo = 8;
   LaunchConfig config = Lanes(packets, packets == 1 ? 1 : 2, kWarp);
   const LaunchConfig fewer_idle = Lanes(packets, 3, kWarp);
@@ -154,7 +154,14 @@ LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x
       return ConfigureBackward(device, shape, x, dy, Alignment::kNone, partial_rows, margin, fused);
     }
   }
-  config.grid = std::min(resident, config.blocks_per_group * shape.groups) * config.cluster;
+  const int64_t clusters = std::min(resident, config.blocks_per_group * shape.groups);
+  config.grid = clusters * config.cluster;
+  if (config.scope != Scope::kLoop && aligned) {  // others do not ask for that much
+    constexpr double kShare = 0.885;              // of the bandwidth, for two reads and a write
+    const auto row = static_cast<double>(shape.hidden * (element_bytes + SizeOf(x)));
+    config.turn_ns = TurnTime(device, row * static_cast<double>(clusters * slots * config.rows),
+                              row * static_cast<double>(shape.groups * shape.rows), kShare);
+  }
   return config;
 }
 

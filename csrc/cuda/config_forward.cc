@@ -182,7 +182,12 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
     const int64_t resident = ResidentBlocks(device, config.cluster, margin);
     config.blocks_per_group = std::max<int64_t>(
         1, std::min(CeilDiv(shape.rows, slots), resident / std::max<int64_t>(1, shape.groups)));
-    config.grid = std::min(resident, config.blocks_per_group * shape.groups) * config.cluster;
+    const int64_t clusters = std::min(resident, config.blocks_per_group * shape.groups);
+    constexpr double kShare = 0.835;  // of the bandwidth, for a read and a write
+    const auto row = static_cast<double>(2 * shape.hidden * SizeOf(x));
+    config.grid = clusters * config.cluster;
+    config.turn_ns = TurnTime(device, row * static_cast<double>(clusters * slots),
+                              row * static_cast<double>(rows), kShare);
   } else {  // the hardware scheduler deals out the rows, unless SMs are to be left alone
     int64_t most = std::max<int64_t>(1, (margin > 0 ? UsableSMs(device, margin) : kMaxGrid) / config.cluster);
     if (config.method == Method::kRing) {  // rows that are not aligned, in several blocks an SM

@@ -273,6 +273,7 @@ cudaError_t LaunchForwardAs(const ForwardArgs& args, const LaunchConfig& config,
                              config.threads_per_row,
                              (rows + slots - 1) / slots,
                              config.blocks_per_group,
+                             config.turn_ns,
                              RotaryPlaces(args.rotary)};
   const DType gamma_dtype = args.gamma == nullptr ? args.x_dtype : args.gamma_dtype;
   return DispatchTypeBeside<T>(gamma_dtype, [&](auto gamma) {

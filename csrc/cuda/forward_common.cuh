@@ -19,6 +19,7 @@ struct ForwardParams {
   int threads_per_row;
   int64_t items;             // of ForwardKernel: rows, or runs of rows where a block takes several
   int64_t blocks_per_group;  // of ForwardRingKernel
+  uint32_t turn_ns;          // likewise, see Pace
   RotaryPlaces places;       // of ForwardRotaryKernel
 };
 

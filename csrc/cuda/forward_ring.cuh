@@ -27,6 +27,7 @@ __global__ __launch_bounds__(kMaxThreads,
   SplitRowSum<kScope> row_sum(sum_memory, threads, slots.number, thread);
   LaunchDependents();
   WaitForPrimary();
+  Pace pace(params.turn_ns, thread < 32 && place.rank == 0);
   const PacketRing<T, kSize, false> ring(SharedAddress(shared), args.x);
 
   int column[kPackets];
@@ -49,8 +50,10 @@ __global__ __launch_bounds__(kMaxThreads,
 #pragma unroll
     for (int t = 0; t < kAhead; ++t) {
 #pragma unroll
-      for (int k = 0; k < kPackets; ++k) copy(t * kPackets, k, start + t * row_step, t < turns.own);
+      for (int k = 0; k < kPackets; ++k) copy(t * kPackets, k, start + t * row_step, turns.Has(t));
     }
+    if (item < gridDim.x / place.blocks) row_sum.Start();
+    const int all = turns.All(), own = turns.Own();
 
     float gamma[kPackets][kSize];
 #pragma unroll
@@ -63,13 +66,14 @@ __global__ __launch_bounds__(kMaxThreads,
     // The ring's places of the rows of this turn and of the last one, and of the row to be copied.
     int from = 0, last_from = 0, to = kAhead * kPackets;
 #pragma unroll 1
-    for (int t = 0; t <= turns.all; ++t) {
-      if (t < turns.all) {
+    for (int t = 0; t <= all; ++t) {
+      if (t < all) {
+        pace.Wait();
         float sum = 0.0f;
 #pragma unroll
         for (int k = 0; k < kPackets; ++k) {
           WaitCopies<kAhead * kPackets - 1>();
-          copy(to, k, start + kAhead * row_step, t + kAhead < turns.own);
+          copy(to, k, start + kAhead * row_step, t + kAhead < own);
           float x[kSize];
           ring.Read(from + k).Get(x);
           sum += SumOfSquares(x);
@@ -78,7 +82,7 @@ __global__ __launch_bounds__(kMaxThreads,
       }
       if (t > 0) {
         const float rrms = rsqrtf(row_sum.Wait(turn + t - 1) * params.inverse_hidden + arithmetic.eps);
-        if (t <= turns.own) {
+        if (t <= own) {
           if (args.rrms != nullptr && thread == 0 && place.rank == 0) args.rrms[row - turns.step] = rrms;
           const int64_t last_start = start - row_step;
 #pragma unroll
@@ -97,7 +101,7 @@ __global__ __launch_bounds__(kMaxThreads,
       from = from + kPackets == kPlaces ? 0 : from + kPackets;
       to = to + kPackets == kPlaces ? 0 : to + kPackets;
     }
-    turn += turns.all;
+    turn += all;
     WaitCopies<0>();
   }
 }

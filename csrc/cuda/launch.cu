@@ -52,54 +52,76 @@ cudaError_t CheckRotary(const Shape& shape, const Rotary& rotary, Alignment alig
   return aligned ? cudaSuccess : cudaErrorMisalignedAddress;
 }
 
-constexpr int kFinishColumns = 32;
-constexpr int kFinishRows = 32;
+constexpr int kFinishElements = 1024;  // of a block
+constexpr int kFinishRows = 32;        // of a block's threads at the most
+constexpr int kFinishLoads = 8;        // of a thread, under way at the same time
 
-// Grid: (ceil(hidden / 32), groups, 1) blocks of 32 x 1...32. Each block adds up `count` partial rows of 32
-// columns: every thread its column of each blockDim.y-th row, then one warp these sums, always in the same
-// order.
-__global__ __launch_bounds__(kFinishColumns* kFinishRows) void FinishKernel(
-    const float* __restrict__ partials, int64_t partial_rows, int count, int64_t groups, int64_t hidden,
-    void* __restrict__ dgamma, DType dtype) {
-  __shared__ float sums[kFinishRows][kFinishColumns];
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * kFinishColumns + threadIdx.x;
+// Adds up `count` partial rows. Blocks of lanes x rows threads, kWidth * lanes * rows = 1024, in a grid of
+// (ceil(hidden / (kWidth * lanes)), groups, 1): every thread adds up kWidth columns of each `rows`-th partial
+// row, and then the block these sums, always in the same order.
+template <int kWidth>
+__global__ __launch_bounds__(kFinishElements / kWidth,
+                             1) void FinishKernel(const float* __restrict__ partials, int64_t partial_rows,
+                                                  int count, int64_t groups, int64_t hidden,
+                                                  void* __restrict__ dgamma, DType dtype) {
+  __shared__ float sums[kFinishElements];  // [rows, columns]
+  const auto lanes = static_cast<int>(blockDim.x), rows = static_cast<int>(blockDim.y);
+  const auto lane = static_cast<int>(threadIdx.x), mine = static_cast<int>(threadIdx.y);
+  const int columns = lanes * kWidth;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * columns;
+  const bool has_columns = first + lane * kWidth < hidden;
   LaunchDependents();
   WaitForPrimary();
   for (int64_t group = blockIdx.y; group < groups; group += gridDim.y) {
-    float sum = 0.0f;
-    if (column < hidden) {
-      const float* from = partials + group * partial_rows * hidden + column;
-#pragma unroll 8
-      for (int row = threadIdx.y; row < count; row += blockDim.y) sum += from[row * hidden];
+    const float* from = partials + group * partial_rows * hidden + first + lane * kWidth;
+    float sum[kWidth] = {};
+#pragma unroll 1
+    for (int row = mine; row < count; row += kFinishLoads * rows) {
+      Packet<float, kWidth> packets[kFinishLoads];
+#pragma unroll
+      for (int i = 0; i < kFinishLoads; ++i) {
+        packets[i].Load(from + (row + i * rows) * hidden, has_columns && row + i * rows < count);
+      }
+#pragma unroll
+      for (int i = 0; i < kFinishLoads; ++i) AddPacket(packets[i], sum);
     }
-    sums[threadIdx.y][threadIdx.x] = sum;
+#pragma unroll
+    for (int w = 0; w < kWidth; ++w) sums[mine * columns + lane * kWidth + w] = sum[w];
     __syncthreads();
-    if (threadIdx.y == 0 && column < hidden) {
-      float total[1] = {0.0f};
-      for (int row = 0; row < static_cast<int>(blockDim.y); ++row) total[0] += sums[row][threadIdx.x];
-      StoreAs<float>(dtype, dgamma, group * hidden + column, total);
+    for (int column = mine * lanes + lane; column < columns; column += lanes * rows) {
+      float parts[4] = {};  // chains of additions, which wait for one another
+#pragma unroll
+      for (int row = 0; row < kFinishRows; ++row) {
+        if (row < rows) parts[row % 4] += sums[row * columns + column];
+      }
+      const float total[1] = {(parts[0] + parts[1]) + (parts[2] + parts[3])};
+      if (first + column < hidden) StoreAs<float>(dtype, dgamma, group * hidden + first + column, total);
     }
     __syncthreads();
   }
 }
 
+// The kernel for partial rows that are aligned to 16 bytes, or are not.
+auto FindFinish(bool aligned) { return aligned ? FinishKernel<4> : FinishKernel<1>; }
+
 cudaError_t LaunchFinish(const BackwardArgs& args, const Device& device, int64_t count, cudaStream_t stream) {
   constexpr int64_t kMaxGridY = 65535;
-  constexpr int kRowsPerThread = 4;
   const Shape& shape = args.shape;
+  const bool aligned = shape.hidden % 4 == 0 && Aligned(args.partials);
   int rows = 1;
-  while (rows < kFinishRows && rows * kRowsPerThread < count) rows *= 2;
+  while (rows < kFinishRows && rows * kFinishLoads < count) rows *= 2;
+  const int columns = kFinishElements / rows;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(static_cast<unsigned>((shape.hidden + kFinishColumns - 1) / kFinishColumns),
+  launch.gridDim = dim3(static_cast<unsigned>((shape.hidden + columns - 1) / columns),
                         static_cast<unsigned>(std::min(shape.groups, kMaxGridY)));
-  launch.blockDim = dim3(kFinishColumns, static_cast<unsigned>(rows));
+  launch.blockDim = dim3(static_cast<unsigned>(columns / (aligned ? 4 : 1)), static_cast<unsigned>(rows));
   launch.stream = stream;
   launch.attrs = &attribute;
   launch.numAttrs = device.dependent_launch ? 1 : 0;
-  return cudaLaunchKernelEx(&launch, FinishKernel, static_cast<const float*>(args.partials),
+  return cudaLaunchKernelEx(&launch, FindFinish(aligned), static_cast<const float*>(args.partials),
                             args.partial_rows, static_cast<int>(count), shape.groups, shape.hidden,
                             args.dgamma, args.gamma_dtype);
 }
@@ -111,8 +133,8 @@ void CountResidentClusters(Device* device) {
   const int shared = std::min(device->shared_memory - kOtherSharedMemory, kLargeSharedMemory);
   const int wanted = device->max_cluster;
   device->max_cluster = 1;
-  cudaFuncSetAttribute(FinishKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  cudaFuncSetAttribute(FinishKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  cudaFuncSetAttribute(FinishKernel<1>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  cudaFuncSetAttribute(FinishKernel<1>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   for (int size = 2; size <= wanted; ++size) {
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
@@ -124,7 +146,7 @@ void CountResidentClusters(Device* device) {
     launch.attrs = &attribute;
     launch.numAttrs = 1;
     int count = 0;
-    const cudaError_t error = cudaOccupancyMaxActiveClusters(&count, FinishKernel, &launch);
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(&count, FinishKernel<1>, &launch);
     if (error != cudaSuccess || count < 1) break;
     device->resident_clusters[size] = count;
     device->max_cluster = size;
@@ -147,22 +169,33 @@ cudaError_t CurrentDevice(Device* device) {
     *device = devices[ordinal];
     return cudaSuccess;
   }
-  int major = 0;
+  int major = 0, l2_bytes = 0, memory_khz = 0, memory_bits = 0;
   for (const auto& [attribute, value] :
        {std::pair{cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared_memory},
-        std::pair{cudaDevAttrComputeCapabilityMajor, &major},
+        std::pair{cudaDevAttrComputeCapabilityMajor, &major}, std::pair{cudaDevAttrL2CacheSize, &l2_bytes},
+        std::pair{cudaDevAttrMemoryClockRate, &memory_khz},
+        std::pair{cudaDevAttrGlobalMemoryBusWidth, &memory_bits},
         std::pair{cudaDevAttrMultiProcessorCount, &device->sm_count}}) {
     error = cudaDeviceGetAttribute(value, attribute, ordinal);
     if (error != cudaSuccess) return error;
   }
+  device->l2_bytes = l2_bytes;
+  // Two transfers a cycle. What of that the memory gives, and that it is shared unevenly, is known of Hopper.
+  if (major == 9) device->memory_bandwidth = 2e-6 * memory_khz * memory_bits / 8;
   // Clusters and dependent launches need code compiled for 9.0 or later, which is not what an older build's
   // PTX becomes on a newer chip. 16 blocks are what data-centre chips allow beyond the portable 8.
   cudaFuncAttributes attributes;
-  error = cudaFuncGetAttributes(&attributes, FinishKernel);
+  error = cudaFuncGetAttributes(&attributes, FinishKernel<1>);
   if (error != cudaSuccess) return error;
   device->dependent_launch = major >= 9 && attributes.ptxVersion >= 90;
   device->max_cluster = !device->dependent_launch ? 1 : major < 12 ? 16 : 8;
   if (device->max_cluster > 1) CountResidentClusters(device);
+  // With as little shared memory as can be it starts a microsecond sooner behind a kernel that has much.
+  for (const bool aligned : {false, true}) {
+    error = cudaFuncSetAttribute(FindFinish(aligned), cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxL1);
+    if (error != cudaSuccess) return error;
+  }
   devices[ordinal] = *device;
   return cudaSuccess;
 }

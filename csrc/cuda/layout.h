@@ -127,6 +127,15 @@ inline LaunchConfig RotaryLayout(int64_t hidden, int64_t width, const Fused& fus
   return config;
 }
 
+// The nanoseconds that a turn of persistent blocks takes at the least, in which all together move `of_turn`
+// bytes of `all`: at `share` of the specified bandwidth, which is as much as the memory gives (measured on
+// one H200). What is not much larger than the L2 cache may come from there, faster, and is not held back.
+inline uint32_t TurnTime(const Device& device, double of_turn, double all, double share) {
+  constexpr int kCaches = 4;
+  const bool paced = device.memory_bandwidth > 0 && all > static_cast<double>(kCaches * device.l2_bytes);
+  return paced ? static_cast<uint32_t>(of_turn / (share * device.memory_bandwidth)) : 0;
+}
+
 // What both passes want of a ring.
 struct Ring {
   int64_t packet_bytes;  // of all operands that are copied

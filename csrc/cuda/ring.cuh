@@ -1,5 +1,5 @@
-// Rows on their way to a persistent block: which ones, and a ring of packets in shared memory, filled by
-// asynchronous copies.
+// Rows on their way to a persistent block: which ones, when, and a ring of packets in shared memory, filled
+// by asynchronous copies.
 #pragma once
 
 #include "config.h"
@@ -15,20 +15,34 @@ template <int kRows = 1>
 struct Turns {
   // `item`: the group and the block's number there, as one number.
   __device__ Turns(const Shape& shape, int64_t blocks_per_group, int64_t item, int slots, int slot)
-      : group(item / blocks_per_group), block(item % blocks_per_group) {
+      : group(shape.groups == 1 ? 0 : item / blocks_per_group), block(item - group * blocks_per_group) {
     const int64_t run = static_cast<int64_t>(slots) * kRows;
     const int64_t first = block * run, mine = first + slot * kRows;
     step = blocks_per_group * run;
-    all = static_cast<int>(first < shape.rows ? (shape.rows - first + step - 1) / step : 0);
-    own = static_cast<int>(mine < shape.rows ? (shape.rows - mine + step - 1) / step : 0);
     row = group * shape.rows + mine;
+    left_ = shape.rows - mine;
+    left_of_block_ = shape.rows - first;
   }
 
   __device__ __forceinline__ int64_t After(int64_t of) const { return of + step; }
 
+  // Whether the slot has a row in a turn.
+  __device__ __forceinline__ bool Has(int turn) const { return turn * step < left_; }
+
+  // Turns of the block, and those of them in which the slot has a row: divisions, which are best done while
+  // the first copies are under way.
+  __device__ __forceinline__ int All() const { return Count(left_of_block_); }
+  __device__ __forceinline__ int Own() const { return Count(left_); }
+
   int64_t group, block;
   int64_t row, step;  // the slot's first row, counted through all groups, and from there to its next ones
-  int all, own;       // turns of the block, and those of them in which the slot has a row
+
+ private:
+  __device__ __forceinline__ int Count(int64_t left) const {
+    return static_cast<int>(left > 0 ? (left + step - 1) / step : 0);
+  }
+
+  int64_t left_, left_of_block_;
 };
 
 // The same for a cluster, where rows of a group lie differently in packets of kSize elements: sorted by how
@@ -40,7 +54,7 @@ struct TurnsAlike {
     const int turned = static_cast<int>(shape.hidden & (kSize - 1));
     alike = turned == 0 ? 1 : kSize >> (__ffs(turned) - 1);
     const int64_t first = block * shape.rows / blocks_per_group;
-    own = all = static_cast<int>((block + 1) * shape.rows / blocks_per_group - first);
+    count_ = static_cast<int>((block + 1) * shape.rows / blocks_per_group - first);
     // The first `more` sorts have a row more than the others.
     const int64_t of_sort = shape.rows / alike, more = shape.rows % alike, in_more = more * (of_sort + 1);
     const int64_t sort =
@@ -54,11 +68,46 @@ struct TurnsAlike {
     return of + alike < end ? of + alike : begin + ((of - begin) & (alike - 1)) + 1;
   }
 
+  __device__ __forceinline__ bool Has(int turn) const { return turn < count_; }
+  __device__ __forceinline__ int All() const { return count_; }
+  __device__ __forceinline__ int Own() const { return count_; }
+
   int64_t group, block;
-  int64_t row;  // the first, counted through all groups
-  int all, own;
+  int64_t row;         // the first, counted through all groups
   int alike;           // every so many-th row lies alike: a power of two
   int64_t begin, end;  // of the group's rows
+
+ private:
+  int count_;
+};
+
+// Holds a persistent block back to its share of what the memory can give. Blocks that ask for more get more
+// than others, a third more for half of the SMs, and the last ones are waited for.
+class Pace {
+ public:
+  // `turn_ns`: that a turn takes at the least. One warp of a slot asks for the time, and the others wait for
+  // its sums.
+  __device__ Pace(uint32_t turn_ns, bool asks) : turn_ns_(asks ? turn_ns : 0) {
+    if (turn_ns_ > 0) begin_ = Now();
+  }
+
+  // At the beginning of each turn: returns when it may begin. One that is late does not ask.
+  __device__ __forceinline__ void Wait() {
+    constexpr int kMostPolls = 1000;  // should time stand still
+    for (int polls = 0; seen_ < due_ && polls < kMostPolls; ++polls) seen_ = Now() - begin_;
+    due_ += turn_ns_;
+  }
+
+ private:
+  // In nanoseconds, modulo 2^32.
+  static __device__ __forceinline__ uint32_t Now() {
+    uint32_t now;
+    asm volatile("mov.u32 %0, %globaltimer_lo;" : "=r"(now));
+    return now;
+  }
+
+  uint32_t turn_ns_, begin_ = 0;
+  uint32_t seen_ = 0, due_ = 0;  // since it began: when it last asked, and when the next turn may begin
 };
 
 // One operand's packets, or those of several of one shape and dtype, whose rings lie some `offset` of bytes

@@ -26,10 +26,9 @@ class SplitRowSum {
     uint64_t barriers[kBuffers][kMaxWarps];  // one for each row of the block
   };
 
-  // `slot`: which of the block's rows this thread works on, as number `thread` of its threads there. All
-  // threads of the block (cluster) must take part.
+  // `slot`: which of the block's rows this thread works on, as number `thread` of its threads there.
   __device__ SplitRowSum(Shared& shared, int threads_per_row, int slot, int thread)
-      : lanes_(threads_per_row) {
+      : shared_(shared), lanes_(threads_per_row) {
     if constexpr (kScope == Scope::kLanes) return;
     const ClusterPlace<kScope> place;
     lane_ = threadIdx.x % 32;
@@ -41,12 +40,18 @@ class SplitRowSum {
     const int first = slot * ((warps_ + 3) / 4 * 4);
     read_from_ = SharedAddress(&shared.sums[0][first]);
     write_to_ = SharedAddress(&shared.sums[0][first + place.rank * warps_ + warp]);
+    leader_ = thread == 0;
+  }
+
+  // Before the first Post, once; best when loads are under way. All threads of the block (cluster) must take
+  // part.
+  __device__ __forceinline__ void Start() {
+    if constexpr (kScope == Scope::kLanes) return;
     if constexpr (kScope == Scope::kBlock) {
       for (int i = threadIdx.x; i < static_cast<int>(kBuffers) * kSums; i += blockDim.x) {
-        shared.sums[i / kSums][i % kSums] = 0.0f;
+        shared_.sums[i / kSums][i % kSums] = 0.0f;
       }
     }
-    leader_ = thread == 0;
     if (leader_) {
       // In a cluster the sums themselves count, by their bytes.
       const unsigned count = across_ ? 1 : warps_;
@@ -147,6 +152,7 @@ class SplitRowSum {
     }
   }
 
+  Shared& shared_;
   int lanes_;
   int lane_ = 0, warps_ = 1, blocks_ = 1;
   bool leader_ = false;
@@ -164,7 +170,9 @@ class WholeRowSum {
  public:
   // See RowSum. In a cluster a block has one slot.
   __device__ WholeRowSum(int threads_per_row, int slot, int thread)
-      : sum_(Make(threads_per_row, slot, thread)) {}
+      : sum_(Make(threads_per_row, slot, thread)) {
+    if constexpr (kCluster) sum_.Start();
+  }
 
   __device__ __forceinline__ float operator()(float value) {
     if constexpr (kCluster) {
