@@ -17,8 +17,8 @@ namespace jax_rmsnorm {
 //
 // In each turn a thread adds up its part of row t, hands it in, and only then asks for the sum of row t - 1
 // and writes that row's dx: nobody waits for the slowest thread of the row. Both rows are in the ring, and
-// behind them the packets in flight, as many as the memory likes best. A row for part of a warp is done with
-// in one turn, since the sum of its lanes makes nobody wait.
+// behind them the packets in flight, as many as the memory likes best. Where part of a warp has a row, the
+// sum of its lanes makes nobody wait, and row t is done with in turn t.
 //
 // Preconditions: all tensors are aligned to 16 bytes, and all rows to their packets; the row fits, hidden <=
 // kSize * kPackets * threads_per_row * blocks of the cluster. Gradients beyond the first dy need kAdd.
@@ -128,7 +128,7 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
     for (int t = 0; t < all + kBehind; ++t) {
       const float last_rrms = rrms;
       if (t < all) {
-        if constexpr (kUnit == 1) pace.Wait();
+        if constexpr (kUnit == 1) pace.Wait();  // narrower packets do not ask for too much
         rrms = next_rrms;
         rrms_of += turns.step;
         next_rrms = t + 1 < own ? *rrms_of : 0.0f;

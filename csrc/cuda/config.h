@@ -112,6 +112,7 @@ struct Fused {
   int64_t heads = 1;
   bool interleaved = false;
   int gradients = 1;  // of y, in a backward
+  bool gradient_of_h = false;
 };
 
 struct LaunchConfig {
@@ -142,7 +143,7 @@ struct LaunchConfig {
 // that are not aligned: to strips, see PacketInRow and unaligned.cuh) depends on hidden, dtypes, alignment
 // and the number of gradients only, never on the number of rows, the device or the margin: a row's bits are
 // the same in every batch.
-LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x, DType gamma,
+LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x, DType gamma, DType y,
                               Alignment alignment, int margin, const Fused& fused = {});
 
 LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x, DType dy,

@@ -38,12 +38,10 @@ LaunchConfig UnalignedBackwardLayout(const Device& device, Ring* ring, int64_t h
 }
 
 LaunchConfig BackwardLayout(const Device& device, const Ring& ring, int64_t packets) {
-  constexpr int kMostForThree = 96;  // packets of a warp's row that two warps do not read as fast
   constexpr int kLeastForTwo = 320, kMostForTwo = 8;
   LaunchConfig config = Lanes(packets, packets == 1 ? 1 : 2, kWarp);
   const LaunchConfig fewer_idle = Lanes(packets, 3, kWarp);
-  if (packets <= kMostForThree && 3 * fewer_idle.threads_per_row < 2 * config.threads_per_row)
-    config = fewer_idle;
+  if (3 * fewer_idle.threads_per_row < 2 * config.threads_per_row) config = fewer_idle;
   if (config.threads_per_row <= kWarp) return config;
   if (ring.PlaceBlock(packets, 2, &config)) return config;
   config = ring.PlaceCluster(device, packets, 2);
@@ -157,10 +155,12 @@ LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x
   const int64_t clusters = std::min(resident, config.blocks_per_group * shape.groups);
   config.grid = clusters * config.cluster;
   if (config.scope != Scope::kLoop && aligned) {  // others do not ask for that much
-    constexpr double kShare = 0.885;              // of the bandwidth, for two reads and a write
-    const auto row = static_cast<double>(shape.hidden * (element_bytes + SizeOf(x)));
-    config.turn_ns = TurnTime(device, row * static_cast<double>(clusters * slots * config.rows),
-                              row * static_cast<double>(shape.groups * shape.rows), kShare);
+    constexpr double kShare = 0.88;               // of the bandwidth, for two reads and a write
+    const int64_t moved = element_bytes + (add && !fused.gradient_of_h ? 0 : SizeOf(x));
+    const double elements =
+        static_cast<double>(shape.groups * shape.rows) * static_cast<double>(shape.hidden);
+    config.turn_ns = TurnTime(device, elements * static_cast<double>(moved),
+                              TurnsAtMost(config, shape, clusters, slots * config.rows), kShare);
   }
   return config;
 }

@@ -150,7 +150,7 @@ LaunchConfig RotaryForwardLayout(int64_t rows, int64_t hidden, int64_t width, co
 
 }  // namespace
 
-LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x, DType gamma,
+LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x, DType gamma, DType y,
                               Alignment alignment, int margin, const Fused& fused) {
   const int64_t rows = shape.groups * shape.rows;
   const bool wide_gamma = SizeOf(gamma) > SizeOf(x);
@@ -183,11 +183,11 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
     config.blocks_per_group = std::max<int64_t>(
         1, std::min(CeilDiv(shape.rows, slots), resident / std::max<int64_t>(1, shape.groups)));
     const int64_t clusters = std::min(resident, config.blocks_per_group * shape.groups);
-    constexpr double kShare = 0.835;  // of the bandwidth, for a read and a write
-    const auto row = static_cast<double>(2 * shape.hidden * SizeOf(x));
+    constexpr double kShare = 0.815;  // of the bandwidth, for a read and a write
+    const double elements = static_cast<double>(rows) * static_cast<double>(shape.hidden);
     config.grid = clusters * config.cluster;
-    config.turn_ns = TurnTime(device, row * static_cast<double>(clusters * slots),
-                              row * static_cast<double>(rows), kShare);
+    config.turn_ns = TurnTime(device, elements * static_cast<double>(SizeOf(x) + SizeOf(y)),
+                              TurnsAtMost(config, shape, clusters, slots), kShare);
   } else {  // the hardware scheduler deals out the rows, unless SMs are to be left alone
     int64_t most = std::max<int64_t>(1, (margin > 0 ? UsableSMs(device, margin) : kMaxGrid) / config.cluster);
     if (config.method == Method::kRing) {  // rows that are not aligned, in several blocks an SM

@@ -154,6 +154,18 @@ void CountResidentClusters(Device* device) {
   (void)cudaGetLastError();  // sizes that do not fit are no error of the caller's
 }
 
+// The L2 cache's size and the memory's specified bandwidth, where both are to be had.
+void ReadMemory(int ordinal, Device* device) {
+  int l2_bytes = 0, khz = 0, bits = 0;
+  for (const auto& [attribute, value] :
+       {std::pair{cudaDevAttrL2CacheSize, &l2_bytes}, std::pair{cudaDevAttrMemoryClockRate, &khz},
+        std::pair{cudaDevAttrGlobalMemoryBusWidth, &bits}}) {
+    if (cudaDeviceGetAttribute(value, attribute, ordinal) != cudaSuccess) return;
+  }
+  device->l2_bytes = l2_bytes;
+  device->memory_bandwidth = 2e-6 * khz * bits / 8;  // two transfers a cycle
+}
+
 }  // namespace
 
 cudaError_t CurrentDevice(Device* device) {
@@ -169,19 +181,16 @@ cudaError_t CurrentDevice(Device* device) {
     *device = devices[ordinal];
     return cudaSuccess;
   }
-  int major = 0, l2_bytes = 0, memory_khz = 0, memory_bits = 0;
+  int major = 0;
   for (const auto& [attribute, value] :
        {std::pair{cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared_memory},
-        std::pair{cudaDevAttrComputeCapabilityMajor, &major}, std::pair{cudaDevAttrL2CacheSize, &l2_bytes},
-        std::pair{cudaDevAttrMemoryClockRate, &memory_khz},
-        std::pair{cudaDevAttrGlobalMemoryBusWidth, &memory_bits},
+        std::pair{cudaDevAttrComputeCapabilityMajor, &major},
         std::pair{cudaDevAttrMultiProcessorCount, &device->sm_count}}) {
     error = cudaDeviceGetAttribute(value, attribute, ordinal);
     if (error != cudaSuccess) return error;
   }
-  device->l2_bytes = l2_bytes;
-  // Two transfers a cycle. What of that the memory gives, and that it is shared unevenly, is known of Hopper.
-  if (major == 9) device->memory_bandwidth = 2e-6 * memory_khz * memory_bits / 8;
+  // What of its bandwidth the memory gives, and that it is shared unevenly, is known of Hopper.
+  if (major == 9) ReadMemory(ordinal, device);
   // Clusters and dependent launches need code compiled for 9.0 or later, which is not what an older build's
   // PTX becomes on a newer chip. 16 blocks are what data-centre chips allow beyond the portable 8.
   cudaFuncAttributes attributes;
@@ -192,10 +201,10 @@ cudaError_t CurrentDevice(Device* device) {
   if (device->max_cluster > 1) CountResidentClusters(device);
   // With as little shared memory as can be it starts a microsecond sooner behind a kernel that has much.
   for (const bool aligned : {false, true}) {
-    error = cudaFuncSetAttribute(FindFinish(aligned), cudaFuncAttributePreferredSharedMemoryCarveout,
-                                 cudaSharedmemCarveoutMaxL1);
-    if (error != cudaSuccess) return error;
+    cudaFuncSetAttribute(FindFinish(aligned), cudaFuncAttributePreferredSharedMemoryCarveout,
+                         cudaSharedmemCarveoutMaxL1);
   }
+  (void)cudaGetLastError();  // without that preference, and without the memory's figures, it works too
   devices[ordinal] = *device;
   return cudaSuccess;
 }
@@ -215,7 +224,8 @@ cudaError_t LaunchForward(const ForwardArgs& args, int margin, cudaStream_t stre
     if (error != cudaSuccess) return error;
   }
   const DType gamma = args.gamma == nullptr ? args.x_dtype : args.gamma_dtype;
-  const LaunchConfig config = ConfigureForward(device, shape, args.x_dtype, gamma, alignment, margin, fused);
+  const LaunchConfig config =
+      ConfigureForward(device, shape, args.x_dtype, gamma, args.y_dtype, alignment, margin, fused);
   return DispatchType(args.x_dtype,
                       [&](auto x) { return LaunchForwardAs<decltype(x)>(args, config, stream); });
 }
@@ -235,8 +245,8 @@ cudaError_t LaunchBackward(const BackwardArgs& args, int margin, cudaStream_t st
       Aligned(args.gamma) && Aligned(args.dgamma) && Aligned(args.partials) && Aligned(args.dh);
   const int64_t size = std::min(SizeOf(args.x_dtype), SizeOf(args.dy_dtype));
   const Alignment alignment = AlignmentOf(tensors_aligned, shape.hidden, 16 / size);
-  const Fused fused{FusionOf(args), args.rotary.width, args.rotary.heads, args.rotary.interleaved,
-                    args.gradients};
+  const Fused fused{FusionOf(args),          args.rotary.width, args.rotary.heads,
+                    args.rotary.interleaved, args.gradients,    args.dh != nullptr};
   if (fused.fusion == Fusion::kRotary) {
     error = CheckRotary(shape, args.rotary, alignment, size, fused, true);
     if (error != cudaSuccess) return error;

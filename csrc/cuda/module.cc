@@ -66,6 +66,7 @@ nb::dict ToDict(const LaunchConfig& config) {
   dict["shared_memory"] = config.shared_memory;
   dict["most_shared_memory"] = config.most_shared_memory;
   dict["blocks_per_group"] = config.blocks_per_group;
+  dict["rows"] = config.rows;
   dict["turn_ns"] = config.turn_ns;
   return dict;
 }
@@ -83,23 +84,26 @@ Device MakeDevice(int sm_count, int shared_memory, int max_cluster, int64_t l2_b
 }
 
 nb::dict ForwardConfig(int64_t rows, int64_t hidden, const std::string& x, const std::string& gamma,
-                       const std::string& alignment, int sm_count, int shared_memory, int max_cluster,
-                       int margin, const std::string& fusion, int64_t rotary_width, bool interleaved,
-                       int64_t l2_bytes, double memory_bandwidth) {
+                       const std::optional<std::string>& y, const std::string& alignment, int sm_count,
+                       int shared_memory, int max_cluster, int margin, const std::string& fusion,
+                       int64_t rotary_width, bool interleaved, int64_t l2_bytes, double memory_bandwidth) {
   const Device device = MakeDevice(sm_count, shared_memory, max_cluster, l2_bytes, memory_bandwidth);
   return ToDict(ConfigureForward(device, {1, rows, hidden}, ParseDType(x), ParseDType(gamma),
-                                 ParseAlignment(alignment), margin,
+                                 ParseDType(y.value_or(x)), ParseAlignment(alignment), margin,
                                  ParseFused(fusion, rotary_width, interleaved)));
 }
 
 nb::dict BackwardConfig(int64_t rows, int64_t hidden, const std::string& x, const std::string& dy,
                         const std::string& alignment, int64_t groups, int64_t partial_rows, int sm_count,
                         int shared_memory, int max_cluster, int margin, const std::string& fusion,
-                        int64_t rotary_width, bool interleaved, int64_t l2_bytes, double memory_bandwidth) {
+                        int64_t rotary_width, bool interleaved, int gradients, bool gradient_of_h,
+                        int64_t l2_bytes, double memory_bandwidth) {
   const Device device = MakeDevice(sm_count, shared_memory, max_cluster, l2_bytes, memory_bandwidth);
+  Fused fused = ParseFused(fusion, rotary_width, interleaved);
+  fused.gradients = gradients;
+  fused.gradient_of_h = gradient_of_h;
   return ToDict(ConfigureBackward(device, {groups, rows, hidden}, ParseDType(x), ParseDType(dy),
-                                  ParseAlignment(alignment), partial_rows, margin,
-                                  ParseFused(fusion, rotary_width, interleaved)));
+                                  ParseAlignment(alignment), partial_rows, margin, fused));
 }
 
 bool FusesRope(int64_t hidden, int64_t width, bool interleaved, const std::string& x,
@@ -136,14 +140,14 @@ NB_MODULE(_cuda, m) {
       "The benchmark's copy kernels, for register_ffi_target.");
   m.attr("roof_variants") = rms::kRoofVariants;
   m.def("forward_config", &rms::ForwardConfig, nb::kw_only(), "rows"_a, "hidden"_a, "x"_a = "bfloat16",
-        "gamma"_a = "bfloat16", "alignment"_a = "rows", "sm_count"_a = 132, "shared_memory"_a = 232448,
-        "max_cluster"_a = 16, "margin"_a = 0, "fusion"_a = "none", "rotary_width"_a = 0,
-        "interleaved"_a = false, "l2_bytes"_a = 0, "memory_bandwidth"_a = 0);
+        "gamma"_a = "bfloat16", "y"_a = nb::none(), "alignment"_a = "rows", "sm_count"_a = 132,
+        "shared_memory"_a = 232448, "max_cluster"_a = 16, "margin"_a = 0, "fusion"_a = "none",
+        "rotary_width"_a = 0, "interleaved"_a = false, "l2_bytes"_a = 0, "memory_bandwidth"_a = 0);
   m.def("backward_config", &rms::BackwardConfig, nb::kw_only(), "rows"_a, "hidden"_a, "x"_a = "bfloat16",
         "dy"_a = "bfloat16", "alignment"_a = "rows", "groups"_a = 1, "partial_rows"_a = 1024,
         "sm_count"_a = 132, "shared_memory"_a = 232448, "max_cluster"_a = 16, "margin"_a = 0,
-        "fusion"_a = "none", "rotary_width"_a = 0, "interleaved"_a = false, "l2_bytes"_a = 0,
-        "memory_bandwidth"_a = 0);
+        "fusion"_a = "none", "rotary_width"_a = 0, "interleaved"_a = false, "gradients"_a = 1,
+        "gradient_of_h"_a = false, "l2_bytes"_a = 0, "memory_bandwidth"_a = 0);
   m.def("fuses_rope", &rms::FusesRope, nb::kw_only(), "hidden"_a, "width"_a, "interleaved"_a, "x"_a,
         "dy"_a.none(),
         "Whether a rotary embedding of `width` elements is fused with the norm of `hidden` elements of dtype "

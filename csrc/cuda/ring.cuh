@@ -85,8 +85,8 @@ struct TurnsAlike {
 // than others, a third more for half of the SMs, and the last ones are waited for.
 class Pace {
  public:
-  // `turn_ns`: that a turn takes at the least. One warp of a slot asks for the time, and the others wait for
-  // its sums.
+  // `turn_ns`: that a turn takes at the least. `asks`: whether this thread's warp asks for the time. One of a
+  // row's warps does, for whose sums the others wait.
   __device__ Pace(uint32_t turn_ns, bool asks) : turn_ns_(asks ? turn_ns : 0) {
     if (turn_ns_ > 0) begin_ = Now();
   }
