@@ -152,15 +152,11 @@ LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x
       return ConfigureBackward(device, shape, x, dy, Alignment::kNone, partial_rows, margin, fused);
     }
   }
-  const int64_t clusters = std::min(resident, config.blocks_per_group * shape.groups);
-  config.grid = clusters * config.cluster;
+  config.grid = std::min(resident, config.blocks_per_group * shape.groups) * config.cluster;
   if (config.scope != Scope::kLoop && aligned) {  // others do not ask for that much
     constexpr double kShare = 0.88;               // of the bandwidth, for two reads and a write
     const int64_t moved = element_bytes + (add && !fused.gradient_of_h ? 0 : SizeOf(x));
-    const double elements =
-        static_cast<double>(shape.groups * shape.rows) * static_cast<double>(shape.hidden);
-    config.turn_ns = TurnTime(device, elements * static_cast<double>(moved),
-                              TurnsAtMost(config, shape, clusters, slots * config.rows), kShare);
+    config.turn_ns = TurnTime(device, shape, config, moved, kShare);
   }
   return config;
 }

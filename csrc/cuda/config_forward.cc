@@ -182,12 +182,9 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
     const int64_t resident = ResidentBlocks(device, config.cluster, margin);
     config.blocks_per_group = std::max<int64_t>(
         1, std::min(CeilDiv(shape.rows, slots), resident / std::max<int64_t>(1, shape.groups)));
-    const int64_t clusters = std::min(resident, config.blocks_per_group * shape.groups);
     constexpr double kShare = 0.815;  // of the bandwidth, for a read and a write
-    const double elements = static_cast<double>(rows) * static_cast<double>(shape.hidden);
-    config.grid = clusters * config.cluster;
-    config.turn_ns = TurnTime(device, elements * static_cast<double>(SizeOf(x) + SizeOf(y)),
-                              TurnsAtMost(config, shape, clusters, slots), kShare);
+    config.grid = std::min(resident, config.blocks_per_group * shape.groups) * config.cluster;
+    config.turn_ns = TurnTime(device, shape, config, SizeOf(x) + SizeOf(y), kShare);
   } else {  // the hardware scheduler deals out the rows, unless SMs are to be left alone
     int64_t most = std::max<int64_t>(1, (margin > 0 ? UsableSMs(device, margin) : kMaxGrid) / config.cluster);
     if (config.method == Method::kRing) {  // rows that are not aligned, in several blocks an SM

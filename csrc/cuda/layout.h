@@ -127,21 +127,21 @@ inline LaunchConfig RotaryLayout(int64_t hidden, int64_t width, const Fused& fus
   return config;
 }
 
-// The nanoseconds that a turn of persistent blocks takes at the least, where each makes `turns` turns at the
-// most, and all together move `bytes`: at `share` of the specified bandwidth, which is as much as the memory
-// gives (measured on an H200 and an H100). What is not much larger than the L2 cache may come from there,
-// faster, and is not held back.
-inline uint32_t TurnTime(const Device& device, double bytes, int64_t turns, double share) {
+// The nanoseconds that a turn of the persistent blocks of `config` takes at the least, of which some have a
+// turn less than others: as long as it takes to move its part of `element_bytes` an element at `share` of the
+// specified bandwidth, which is as much as the memory gives (measured on an H200 and an H100). What is not
+// much larger than the L2 cache may come from there, faster, and is not held back.
+inline uint32_t TurnTime(const Device& device, const Shape& shape, const LaunchConfig& config,
+                         int64_t element_bytes, double share) {
   constexpr int kCaches = 4;
-  const bool paced = device.memory_bandwidth > 0 && bytes > static_cast<double>(kCaches * device.l2_bytes);
-  const double all = bytes / (share * device.memory_bandwidth);
-  return paced ? static_cast<uint32_t>(all / static_cast<double>(turns)) : 0;
-}
-
-// Turns of a persistent block (or cluster) of `clusters`, with `slots` rows at a time: some have fewer.
-inline int64_t TurnsAtMost(const LaunchConfig& config, const Shape& shape, int64_t clusters, int64_t slots) {
-  const int64_t rounds = CeilDiv(shape.groups * config.blocks_per_group, clusters);
-  return rounds * CeilDiv(shape.rows, config.blocks_per_group * slots);
+  const double bytes = static_cast<double>(shape.groups * shape.rows) * static_cast<double>(shape.hidden) *
+                       static_cast<double>(element_bytes);
+  if (device.memory_bandwidth <= 0 || bytes <= static_cast<double>(kCaches * device.l2_bytes)) return 0;
+  const int64_t clusters = config.grid / config.cluster;
+  const int64_t rows = config.block / config.threads_per_row * config.rows;  // of a cluster's turn
+  const int64_t turns = CeilDiv(shape.groups * config.blocks_per_group, clusters) *
+                        CeilDiv(shape.rows, config.blocks_per_group * rows);
+  return static_cast<uint32_t>(bytes / (share * device.memory_bandwidth) / static_cast<double>(turns));
 }
 
 // What both passes want of a ring.

@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checks import draw
+from launches import H200
 
 import jax_rmsnorm
 from jax_rmsnorm import _ffi
 
-# The Hopper GPU with the most bandwidth, which holds back the least.
-H200 = {"l2_bytes": 60 << 20, "memory_bandwidth": 4814.3}
 SHAPES = [  # in each scope, two or three packets a lane or a thread
     (3_000_000, 16, jnp.bfloat16),
     (700_000, 128, jnp.bfloat16),
