@@ -120,18 +120,24 @@ def persistent(config: dict[str, Any]) -> bool:
     return kernel(config) == "ring" and config["aligned"]
 
 
+def readers(config: dict[str, Any]) -> int:
+    """Threads of a block, but for the warp that copies for them all."""
+    return config["block"] - (32 if kernel(config) == "bulk" else 0)
+
+
+def slots_of(config: dict[str, Any]) -> int:
+    """Rows that a block takes at the same time."""
+    return readers(config) // config["threads_per_row"]
+
+
 @settings(max_examples=300)
 @given(cases())
 def test_the_row_fits(case):
     for direction, config in case.both().items():
         assert config["aligned"] == (case.alignment == "rows")
         wide = packet(case, direction)
-        # Packets of 8 bytes, which the backward has.
-        halves = direction == "backward" and case.hidden % (wide // 2) == 0 and case.x == case.dy
-        if config["aligned"] or kernel(config) in ("staged", "windows"):
+        if config["aligned"] or kernel(config) in ("staged", "windows", "ring", "bulk", "few"):
             assert config["width"] == wide
-        elif kernel(config) in ("ring", "few"):
-            assert config["width"] == (wide // 2 if halves else wide)
         elif kernel(config) == "loop" or case.alignment == "none" or case.fusion == "add":
             assert config["width"] == 1
         else:
@@ -165,6 +171,9 @@ def test_kernel(case):
             assert case.margin == 0
         if direction == "backward" and case.alignment == "none":
             assert kernel(config) == "loop"
+        if direction == "backward" and case.alignment == "tensors":
+            many = "bulk" if case.max_cluster > 1 else "ring"
+            assert kernel(config) in ("few", "loop", many)
         if case.fusion == "add":
             assert direction == "backward" or kernel(config) in ("plain", "staged", "loop")
             assert config["aligned"] or kernel(config) == "loop"
@@ -201,9 +210,11 @@ def test_threads(case):
     for config in case.both().values():
         block, threads = config["block"], config["threads_per_row"]
         assert block % 32 == 0
-        assert 32 <= block <= (MAX_THREADS if config["share"] == 1 else 768)
+        most = 768 if config["share"] > 1 or kernel(config) == "bulk" else MAX_THREADS
+        assert 32 <= block <= most
         # A block for few rows may have more than a row's: those are for dgamma alone.
-        assert block % threads == 0 or (kernel(config) == "few" and block == 256)
+        assert readers(config) % threads == 0 or (kernel(config) == "few" and block == 256)
+        assert kernel(config) != "bulk" or readers(config) == config["slots"] * threads
         if config["scope"] == "lanes":
             assert threads // config["share"] in (1, 2, 4, 8, 16, 32)
         else:
@@ -234,7 +245,7 @@ def test_grid(case):
     """No more blocks than there is work for; persistent ones: no more than SMs that are not left to others."""
     usable = case.sm_count - case.margin
     for direction, config in case.both().items():
-        slots = config["block"] // config["threads_per_row"]
+        slots = slots_of(config)
         clusters = config["grid"] // config["cluster"]
         # The forward interface has one group.
         groups = case.groups if direction == "backward" else 1
@@ -268,7 +279,7 @@ def test_partials(case):
         if config["tile_packets"] < 8:  # only as many as have an SM each
             assert case.groups * config["tiles"] <= case.sm_count
         return
-    slots = config["block"] // config["threads_per_row"]
+    slots = slots_of(config)
     blocks = config["blocks_per_group"]
     assert 1 <= blocks <= min(case.partial_rows, -(-case.rows // slots))
     assert config["grid"] // config["cluster"] <= blocks * case.groups
@@ -276,19 +287,38 @@ def test_partials(case):
 
 @settings(max_examples=300)
 @given(cases())
+def test_rows_of_a_slot_are_alike(case):
+    """Words of two elements begin where they do in all rows of a slot, of which gamma is in registers."""
+    config = case.backward()
+    if kernel(config) != "bulk" or min(SIZES[case.x], SIZES[case.dy]) == 4:
+        return
+    step = config["blocks_per_group"] * config["slots"]
+    assert step >= case.rows or step * case.hidden % 2 == 0
+
+
+@settings(max_examples=300)
+@given(cases())
 def test_shared_memory(case):
     for direction, config in case.both().items():
         assert config["shared_memory"] <= config["most_shared_memory"] < case.shared_memory
-        slots = config["block"] // config["threads_per_row"]
-        if kernel(config) != "ring":
+        slots = slots_of(config)
+        if kernel(config) not in ("ring", "bulk"):
             assert (config["shared_memory"] > 0) == (
                 kernel(config) == "staged" or (direction == "forward" and config["share"] > 1)
             )
             continue
         sizes = SIZES[case.x] + (SIZES[case.dy] if direction == "backward" else 0)
         sizes += SIZES[case.x] if direction == "backward" and case.fusion == "add" else 0
-        row = config["block"] * config["packets"] * config["width"] * sizes
-        assert config["shared_memory"] >= (2 if direction == "forward" else 3) * row
+        row = readers(config) * config["packets"] * config["width"] * sizes
+        if kernel(config) == "bulk":
+            # One place is filled while others are read, of which a row's last words may reach into the next.
+            assert (2 if config["scope"] == "lanes" else 3) <= config["places"] <= 8
+            copied = slots * case.hidden * sizes if config["cluster"] == 1 else row
+            assert config["place_bytes"] >= copied + 2 * 128
+            words = 32 * config["packets"] * config["width"] * SIZES[case.dy]
+            assert config["shared_memory"] >= config["places"] * config["place_bytes"] + words
+        else:
+            assert config["shared_memory"] >= (2 if direction == "forward" else 3) * row
         if direction == "backward" and slots > 1:
             assert config["shared_memory"] >= 4 * slots * case.hidden
 

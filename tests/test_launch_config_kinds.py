@@ -126,10 +126,14 @@ def test_persistent_blocks_are_held_back(large_call):
     assert turns * config["turn_ns"] <= needed < turns * (config["turn_ns"] + 1)
 
 
-@pytest.mark.parametrize("hidden", [1001, 4097, 4100, 50_257])
-def test_rows_that_are_not_aligned_are_not_held_back(hidden):
-    """They take more instructions, and do not ask for more than their share."""
-    for configure in (cuda.forward_config, cuda.backward_config):
-        config = configure(rows=2**17, hidden=hidden, alignment="tensors", **H200)
-        assert not config["aligned"]
-        assert config["turn_ns"] == 0
+@pytest.mark.parametrize("hidden", [101, 1001, 4097, 4100, 50_257])
+def test_rows_that_are_not_aligned_are_held_back_in_the_backward(hidden):
+    """In the forward they take more instructions, and do not ask for more than their share."""
+    rows = 2**30 // hidden
+    call = {"rows": rows, "hidden": hidden, "alignment": "tensors"} | H200
+    assert cuda.forward_config(**call)["turn_ns"] == 0
+    config = cuda.backward_config(**call)
+    assert config["method"] == "bulk"
+    turns = -(-rows // (config["blocks_per_group"] * config["slots"]))
+    needed = rows * hidden * 3 * 2 / (SHARES["backward"] * H200["memory_bandwidth"])
+    assert turns * config["turn_ns"] <= needed < turns * (config["turn_ns"] + 1)

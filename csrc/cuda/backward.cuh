@@ -1,6 +1,9 @@
 // The backward kernels: dx, and one partial row of dgamma for each persistent block (or cluster).
 #pragma once
 
+#include <iterator>
+
+#include "backward_bulk.cuh"
 #include "backward_common.cuh"
 #include "backward_few.cuh"
 #include "backward_loop.cuh"
@@ -20,21 +23,18 @@ namespace jax_rmsnorm {
 // behind them the packets in flight, as many as the memory likes best. Where part of a warp has a row, the
 // sum of its lanes makes nobody wait, and row t is done with in turn t.
 //
-// Preconditions: all tensors are aligned to 16 bytes, and all rows to their packets; the row fits, hidden <=
+// Preconditions: all tensors and rows are aligned to 16 bytes; the row fits, hidden <=
 // kSize * kPackets * threads_per_row * blocks of the cluster. Gradients beyond the first dy need kAdd.
 template <typename T, typename D, int kSize, int kPackets, Scope kScope, Fusion kFusion>
 __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThreads,
                              1) void BackwardKernel(const __grid_constant__ BackwardParams params) {
-  constexpr int kNarrowest = sizeof(T) < sizeof(D) ? sizeof(T) : sizeof(D);
   constexpr bool kAdd = kFusion == Fusion::kAdd;
-  constexpr int kAhead = kRowsAhead<kScope, kPackets * kSize * kNarrowest / 16, kAdd>;
+  constexpr int kAhead = kRowsAhead<kScope, kPackets, kAdd>;
   constexpr int kPlaces = (kAhead + 2) * kPackets;
   constexpr int kBehind = kScope == Scope::kLanes ? 0 : 1;  // turns from a row's sum to its dx
-  constexpr int kUnit = 16 / (kSize * kNarrowest);  // packets that are copied, and waited for, together
-  // Of the units ahead, those that may still be in flight when the next is copied: all but the one that is
+  // Of the packets ahead, those that may still be in flight when the next is copied: all but the one that is
   // read, and with three packets all but two, which the memory likes better.
-  constexpr int kInFlight =
-      kAhead * kPackets / kUnit - (kPackets == 3 && !kAdd && kScope == Scope::kCluster ? 2 : 1);
+  constexpr int kInFlight = kAhead * kPackets - (kPackets == 3 && !kAdd && kScope == Scope::kCluster ? 2 : 1);
   extern __shared__ uint4 shared[];
   __shared__ typename SplitRowSum<kScope>::Shared sum_memory;
   const BackwardArgs& args = params.args;
@@ -82,21 +82,18 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
     const bool first_item = item < gridDim.x / place.blocks;
     const int64_t row_step = turns.step * hidden;
     int64_t start = turns.row * hidden;
-    // Copies a unit of the row at element `begin`, from packet `unit` on, to the ring's row at place `to`.
-    const auto copy = [&](int to, int unit, int64_t begin, bool inside) {
+    // Copies packet k of the row at element `begin` to the ring's row at place `to`.
+    const auto copy = [&](int to, int k, int64_t begin, bool inside) {
+      const int64_t first = begin + column[k];
+      const bool copied = inside && column[k] < hidden;
+      x_ring.Copy(to + k, first, copied);
+      dy_ring.Copy(to + k, first, copied);
+      if constexpr (kAdd) {
+        if (args.dh != nullptr) dh_ring.Copy(to + k, first, copied);
 #pragma unroll
-      for (int k = unit; k < unit + kUnit; ++k) {
-        const int64_t first = begin + column[k];
-        const bool copied = inside && column[k] < hidden;
-        x_ring.Copy(to + k, first, copied);
-        dy_ring.Copy(to + k, first, copied);
-        if constexpr (kAdd) {
-          if (args.dh != nullptr) dh_ring.Copy(to + k, first, copied);
-#pragma unroll
-          for (int g = 1; g < kMostGradients; ++g) {
-            if (g >= args.gradients) break;
-            dy_ring.CopyFrom(args.dy[g], to + k, first, copied, gradient(g));
-          }
+        for (int g = 1; g < kMostGradients; ++g) {
+          if (g >= args.gradients) break;
+          dy_ring.CopyFrom(args.dy[g], to + k, first, copied, gradient(g));
         }
       }
       CommitCopies();
@@ -104,7 +101,7 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
 #pragma unroll
     for (int t = 0; t < kAhead; ++t) {
 #pragma unroll
-      for (int k = 0; k < kPackets; k += kUnit) copy(t * kPackets, k, start + t * row_step, turns.Has(t));
+      for (int k = 0; k < kPackets; ++k) copy(t * kPackets, k, start + t * row_step, turns.Has(t));
     }
 
     const float* rrms_of = args.rrms + turns.row;
@@ -128,17 +125,15 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
     for (int t = 0; t < all + kBehind; ++t) {
       const float last_rrms = rrms;
       if (t < all) {
-        if constexpr (kUnit == 1) pace.Wait();  // narrower packets do not ask for too much
+        pace.Wait();
         rrms = next_rrms;
         rrms_of += turns.step;
         next_rrms = t + 1 < own ? *rrms_of : 0.0f;
         float sum = 0.0f;
 #pragma unroll
         for (int k = 0; k < kPackets; ++k) {
-          if (k % kUnit == 0) {
-            WaitCopies<kInFlight>();
-            copy(to, k, start + kAhead * row_step, t + kAhead < own);
-          }
+          WaitCopies<kInFlight>();
+          copy(to, k, start + kAhead * row_step, t + kAhead < own);
           float x[kSize], dy[kSize];
           x_ring.Read(from + k).Get(x);
           read_dy(from + k, dy);
@@ -194,26 +189,13 @@ auto FindBackwardAligned(const LaunchConfig& config) -> void (*)(BackwardParams)
                              : BackwardKernel<T, D, kSize, 3, Scope::kCluster, kFusion>;
 }
 
-// Rows that are aligned to packets of half the size.
-template <typename T>
-auto FindBackwardNarrow(Scope scope) -> void (*)(BackwardParams) {
-  constexpr int kSize = 8 / sizeof(T);
-  switch (scope) {
-    case Scope::kLanes:
-      return BackwardKernel<T, T, kSize, 4, Scope::kLanes, Fusion::kNone>;
-    case Scope::kBlock:
-      return BackwardKernel<T, T, kSize, 4, Scope::kBlock, Fusion::kNone>;
-    default:
-      return BackwardKernel<T, T, kSize, 4, Scope::kCluster, Fusion::kNone>;
-  }
-}
-
 template <typename T, typename D>
 auto FindBackwardWindows(const LaunchConfig& config) -> void (*)(BackwardParams) {
   if (config.scope == Scope::kCluster) return BackwardWindowsKernel<T, D, 3, Scope::kCluster>;
   if (config.scope == Scope::kBlock) {
-    return config.packets == 3 ? BackwardWindowsKernel<T, D, 3, Scope::kBlock>
-                               : BackwardWindowsKernel<T, D, 4, Scope::kBlock>;
+    return config.packets == 2   ? BackwardWindowsKernel<T, D, 2, Scope::kBlock>
+           : config.packets == 3 ? BackwardWindowsKernel<T, D, 3, Scope::kBlock>
+                                 : BackwardWindowsKernel<T, D, 4, Scope::kBlock>;
   }
   return config.packets == 1   ? BackwardWindowsKernel<T, D, 1, Scope::kLanes>
          : config.packets == 2 ? BackwardWindowsKernel<T, D, 2, Scope::kLanes>
@@ -221,7 +203,26 @@ auto FindBackwardWindows(const LaunchConfig& config) -> void (*)(BackwardParams)
                                : BackwardWindowsKernel<T, D, 4, Scope::kLanes>;
 }
 
-// Few rows that are aligned to packets of kSize elements, of which a thread has kPackets.
+template <typename T, typename D, size_t kChoice = 0>
+auto FindBackwardBulkLanes(const LaunchConfig& config) -> void (*)(BackwardParams) {
+  constexpr int kPackets = kBulkLanes[kChoice][0], kLanes = kBulkLanes[kChoice][1];
+  if constexpr (kChoice + 1 < std::size(kBulkLanes)) {
+    if (config.packets != kPackets || config.threads_per_row != kLanes) {
+      return FindBackwardBulkLanes<T, D, kChoice + 1>(config);
+    }
+  }
+  return BackwardBulkKernel<T, D, kPackets, kLanes, Scope::kLanes>;
+}
+
+template <typename T, typename D>
+auto FindBackwardBulk(const LaunchConfig& config) -> void (*)(BackwardParams) {
+  if (config.scope == Scope::kCluster) return BackwardBulkKernel<T, D, 3, 32, Scope::kCluster>;
+  if (config.scope == Scope::kLanes) return FindBackwardBulkLanes<T, D>(config);
+  return config.packets == 2 ? BackwardBulkKernel<T, D, 2, 32, Scope::kBlock>
+                             : BackwardBulkKernel<T, D, 3, 32, Scope::kBlock>;
+}
+
+// Few aligned rows, of which a thread has kPackets packets of kSize elements.
 template <typename T, typename D, int kSize, int kPackets>
 auto FindBackwardFew(const LaunchConfig& config) -> void (*)(BackwardParams) {
   switch (config.scope) {
@@ -241,10 +242,12 @@ template <typename T, typename D, int kSize>
 auto FindBackwardFewWindows(const LaunchConfig& config) -> void (*)(BackwardParams) {
   if (config.scope == Scope::kCluster) return BackwardFewKernel<T, D, kSize, 3, Scope::kCluster, false>;
   if (config.scope == Scope::kBlock) {
-    if (config.share == 1) return BackwardFewKernel<T, D, kSize, 3, Scope::kBlock, false>;
-    return config.block <= kMaxThreads
-               ? BackwardFewKernel<T, D, kSize, 2, Scope::kBlock, false, 2, kMaxThreads>
-               : BackwardFewKernel<T, D, kSize, 2, Scope::kBlock, false, 2>;
+    if (config.share == 2) {
+      return config.packets == 1 ? BackwardFewKernel<T, D, kSize, 1, Scope::kBlock, false, 2>
+                                 : BackwardFewKernel<T, D, kSize, 2, Scope::kBlock, false, 2>;
+    }
+    return config.packets == 2 ? BackwardFewKernel<T, D, kSize, 2, Scope::kBlock, false>
+                               : BackwardFewKernel<T, D, kSize, 3, Scope::kBlock, false>;
   }
   return config.share == 1     ? BackwardFewKernel<T, D, kSize, 1, Scope::kLanes, false>
          : config.packets == 1 ? BackwardFewKernel<T, D, kSize, 1, Scope::kLanes, false, 2>
@@ -261,11 +264,7 @@ auto FindBackward(const LaunchConfig& config, const BackwardArgs& args) -> void 
   if (FusionOf(args) == Fusion::kRotary)
     return FindBackwardRotary<T, D, kSize>(config, args.rotary.interleaved);
   const bool few = config.method == Method::kFew;
-  if (!config.aligned && config.width < kSize) {
-    if constexpr (std::is_same_v<T, D>) {
-      return few ? FindBackwardFew<T, T, kSize / 2, 4>(config) : FindBackwardNarrow<T>(config.scope);
-    }
-  }
+  if (config.method == Method::kBulk) return FindBackwardBulk<T, D>(config);
   if (!config.aligned) {
     return few ? FindBackwardFewWindows<T, D, kSize>(config) : FindBackwardWindows<T, D>(config);
   }
@@ -285,6 +284,9 @@ cudaError_t LaunchBackwardAs(const BackwardArgs& args, const LaunchConfig& confi
                               1.0f / static_cast<float>(args.shape.hidden),
                               config.threads_per_row,
                               config.slots,
+                              config.places,
+                              static_cast<uint32_t>(config.place_bytes),
+                              static_cast<uint32_t>(config.x_bytes),
                               config.blocks_per_group,
                               config.tiles,
                               config.tile_packets,

@@ -17,7 +17,9 @@ struct BackwardParams {
   BackwardArgs args;
   float inverse_hidden;
   int threads_per_row;
-  int slots;  // of a block of BackwardFewKernel
+  int slots;        // of a block of BackwardFewKernel or BackwardBulkKernel
+  int ring_places;  // of the latter, and the bytes of one, of which x has the first ones
+  uint32_t place_bytes, x_bytes;
   int64_t blocks_per_group;
   int64_t tiles;        // of dgamma, in a group, where BackwardFewKernel works
   int tile_packets;     // columns of such a tile, in packets: a power of two
@@ -57,11 +59,15 @@ __device__ __forceinline__ void AccumulateWindow(const float (&x)[kSize], const 
                                                  bool round_before_gamma, float (&dgamma)[kSize],
                                                  float (&terms)[kSize]) {
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    const float product = __fmul_rn(dy[i], x[i]);
-    terms[i] = __fmul_rn(product, gamma[i]);
-    dgamma[i] = round_before_gamma ? __fmaf_rn(dy[i], ToFloat(FromFloat<T>(__fmul_rn(x[i], rrms))), dgamma[i])
-                                   : __fmaf_rn(product, rrms, dgamma[i]);
+  for (int i = 0; i < kSize; ++i) terms[i] = __fmul_rn(__fmul_rn(dy[i], x[i]), gamma[i]);
+  if (round_before_gamma) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      dgamma[i] = __fmaf_rn(dy[i], ToFloat(FromFloat<T>(__fmul_rn(x[i], rrms))), dgamma[i]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) dgamma[i] = __fmaf_rn(__fmul_rn(dy[i], x[i]), rrms, dgamma[i]);
   }
 }
 

@@ -224,7 +224,7 @@ __global__ __launch_bounds__(kThreads, kFewBlocks<kSize * kPackets, kThreads, kS
   // A block with more threads than few rows take has one that needs them.
   constexpr bool kOne =
       kScope == Scope::kCluster || (kScope == Scope::kBlock && kAligned && kThreads > kFewThreads);
-  constexpr bool kMayAdd = kAligned && kSize * (sizeof(T) < sizeof(D) ? sizeof(T) : sizeof(D)) == 16;
+  constexpr bool kMayAdd = kAligned;
   LaunchDependents();
   WaitForPrimary();
   // A tile's sums, a warp each, or what warps that share a strip exchange.

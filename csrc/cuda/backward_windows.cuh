@@ -1,4 +1,5 @@
-// The backward kernel of many rows that do not begin at multiples of 16 bytes.
+// The backward kernel of many rows that do not begin at multiples of 16 bytes, where there are no bulk
+// copies.
 #pragma once
 
 #include "backward_common.cuh"
@@ -15,8 +16,9 @@ namespace jax_rmsnorm {
 // kSize * kPackets * threads_per_row * blocks of the cluster; kSize <= threads_per_row; a group has several
 // clusters, or all rows of a slot and group begin equally far behind a multiple of kSize elements.
 template <typename T, typename D, int kPackets, Scope kScope>
-__global__ __launch_bounds__(kScope == Scope::kCluster ? kMaxThreads : kLanesThreads,
+__global__ __launch_bounds__(kScope == Scope::kLanes || kPackets == 4 ? kLanesThreads : kMaxThreads,
                              1) void BackwardWindowsKernel(const __grid_constant__ BackwardParams params) {
+#if __CUDA_ARCH__ < 900
   constexpr int kSize = 16 / (sizeof(T) < sizeof(D) ? sizeof(T) : sizeof(D));
   constexpr bool kTail = kScope != Scope::kLanes;
   constexpr int kAhead = kRowsAhead<kScope, kPackets>;
@@ -143,6 +145,7 @@ __global__ __launch_bounds__(kScope == Scope::kCluster ? kMaxThreads : kLanesThr
       if (turn < all) __threadfence();
     } while (turn < all);
   }
+#endif
 }
 
 }  // namespace jax_rmsnorm

@@ -98,6 +98,28 @@ class CircleSum {
     return sum;
   }
 
+  // The same where a window lies in words of kUnit elements: word j of lane l is number j * lanes + l.
+  template <int kUnit>
+  __device__ __forceinline__ float OverWords(int lanes) const {
+    float terms[kSize];
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      terms[i] = kWindows > 1 ? __fadd_rn(sums_[0][i], sums_[1][i]) : sums_[0][i];
+    }
+#pragma unroll
+    for (int half = kSize / 2; half >= kUnit; half /= 2) {
+#pragma unroll
+      for (int i = 0; i < half; ++i) terms[i] = __fadd_rn(terms[i], terms[i + half]);
+    }
+    if constexpr (kUnit == 1) return SumLanes(terms[0], lanes);
+    const int half = lanes / 2;
+    const bool upper = (threadIdx.x & half) != 0;
+    const float kept = upper ? terms[1] : terms[0], given = upper ? terms[0] : terms[1];
+    float sum = kept + __shfl_xor_sync(kFullMask, given, half);
+    for (int offset = half / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kFullMask, sum, offset);
+    return sum + __shfl_xor_sync(kFullMask, sum, half);
+  }
+
  private:
   float sums_[2][kSize];
 };

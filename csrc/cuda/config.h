@@ -23,6 +23,7 @@ enum class Method : int32_t {
   kRing,    // persistent blocks, fed by asynchronous copies: one an SM, or several where the forward has rows
             // that are not aligned
   kWindows,  // rows that are not aligned, straight into registers: few, or too long for a ring
+  kBulk,     // backward: persistent blocks, one an SM, of rows that are not aligned, fed by bulk copies
   kFew,      // backward: tiles of dgamma and rows of dx side by side
 };
 
@@ -41,17 +42,32 @@ constexpr int kLanesThreads =
 constexpr int kFewThreads = 256;    // the least in a block of a backward of few rows
 constexpr int kFusedThreads = 256;  // a block of the fused forward kernels, at more registers each
 
-// Rows that a ring copies ahead of the one that is read, by scope and what a thread has of one, in units of
-// 16 bytes of the narrowest operand: some 64 KiB an SM. More bytes in flight make the memory slower. With an
-// addend there are more operands, and a cluster's rows are longest.
-constexpr int RowsAhead(Scope scope, int units, bool add = false) {
+// Rows that a ring copies ahead of the one that is read, by scope and the packets that a thread has of one:
+// some 64 KiB an SM. More bytes in flight make the memory slower. With an addend there are more operands, and
+// a cluster's rows are longest.
+constexpr int RowsAhead(Scope scope, int packets, bool add = false) {
   constexpr int kRows[3][5] = {{0, 2, 2, 2, 1}, {0, 0, 2, 2, 1}, {0, 0, 2, 2, 1}};
-  return scope == Scope::kCluster && add ? 1 : kRows[static_cast<int>(scope)][units];
+  return scope == Scope::kCluster && add ? 1 : kRows[static_cast<int>(scope)][packets];
 }
 
 // The same as a constant, for code that may not call a function of the host's.
-template <Scope kScope, int kUnits, bool kAdd = false>
-constexpr int kRowsAhead = RowsAhead(kScope, kUnits, kAdd);
+template <Scope kScope, int kPackets, bool kAdd = false>
+constexpr int kRowsAhead = RowsAhead(kScope, kPackets, kAdd);
+
+// Threads, besides the warp that copies, of a block that bulk copies feed, at the most, where a thread has so
+// many packets of a row: what the registers of an SM allow with that warp.
+constexpr int BulkThreads(int packets) {
+  constexpr int kThreads[] = {0, 736, 480, 480, 352};
+  return kThreads[packets];
+}
+
+// The (packets of a thread, lanes of a row) of such a block where part of a warp has a row: the fewest that
+// hold it, and of several choices that with the fewest lanes.
+constexpr int kBulkLanes[][2] = {{1, 8}, {2, 8}, {3, 8}, {4, 8}, {3, 16}, {4, 16}, {3, 32}, {4, 32}};
+
+constexpr int kGranule = 16;    // bytes, of which a bulk copy has a whole number
+constexpr int kLine = 128;      // bytes, in which it is fastest between equal places
+constexpr int kMostPlaces = 8;  // of the ring of such copies
 
 // A forward cluster's blocks of no more threads copy two rows ahead.
 constexpr int kSmallBlock = 320;
@@ -98,6 +114,7 @@ struct Device {
   int shared_memory = 0;          // bytes that one block can have, and (about) all that an SM has
   int max_cluster = 1;            // 1: the device, or the code compiled for it, has no clusters
   bool dependent_launch = false;  // programmatic dependent launch, likewise
+  bool bulk_copies = false;       // of any size, asynchronous, likewise
   // Clusters of so many blocks that can run at the same time, a block an SM; 0: not known.
   int resident_clusters[kMaxCluster + 1] = {};
   int64_t l2_bytes = 0;
@@ -118,11 +135,14 @@ struct Fused {
 struct LaunchConfig {
   Method method = Method::kPlain;
   Scope scope = Scope::kLanes;
-  bool aligned = false;            // rows, to 16 bytes
-  int width = 1;                   // elements a packet
-  int packets = 1;                 // packets of a row that a thread has (compile-time in the kernels)
-  int threads_per_row = 1;         // within one block
-  int share = 1;                   // of few rows that are not aligned: warps that share a strip, 1 or 2
+  bool aligned = false;     // rows, to 16 bytes
+  int width = 1;            // elements a packet
+  int packets = 1;          // packets of a row that a thread has (compile-time in the kernels)
+  int threads_per_row = 1;  // within one block
+  int share = 1;            // of few rows that are not aligned: warps that share a strip, 1 or 2
+  int places = 0;           // kBulk: of the ring
+  int64_t place_bytes = 0;  // kBulk: of a place, of which x has the first `x_bytes`
+  int64_t x_bytes = 0;
   int rows = 1;                    // that a slot takes at a time
   int block = 32;                  // threads a block
   int cluster = 1;                 // blocks a row
@@ -130,7 +150,7 @@ struct LaunchConfig {
   int ahead = 0;                   // rows that a ring copies ahead; 0: as RowsAhead says, or two
   int64_t grid = 0;                // blocks; a multiple of `cluster`
   bool dependent = false;          // launched while the stream's last kernel ends, which it waits for
-  int slots = 1;                   // kFew: rows that a block takes at the same time
+  int slots = 1;                   // kFew, kBulk: rows that a block takes at the same time
   int64_t tiles = 0;               // kFew: of a group's dgamma
   int tile_packets = 0;            // kFew: columns of a tile, in packets
   int64_t blocks_per_group = 0;    // persistent blocks (or clusters) that share the rows of one group

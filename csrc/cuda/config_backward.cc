@@ -3,38 +3,87 @@
 namespace jax_rmsnorm {
 namespace {
 
-// Rows that are not aligned to 16 bytes: in packets of 8 where they are aligned to these and of one dtype,
-// else in windows.
-LaunchConfig UnalignedBackwardLayout(const Device& device, Ring* ring, int64_t hidden, bool one_dtype,
-                                     int margin) {
-  const int narrow = ring->width / 2;
-  if (one_dtype && hidden % narrow == 0) {
-    constexpr int kPerThread = 4;
-    const int64_t packets = hidden / narrow;
-    *ring = {ring->packet_bytes / 2, ring->access / 2, true, narrow, ring->room};
-    if (packets <= kPerThread * kWarp) return Lanes(packets, kPerThread, kWarp);
-    LaunchConfig config;
-    if (ring->PlaceBlock(packets, kPerThread, &config)) return config;
-    return ring->PlaceCluster(device, packets, kPerThread);
+// What bulk copies bring for one block: `slots` rows side by side, or a block's part of one, of x and of dy.
+struct BulkPlaces {
+  BulkPlaces(const LaunchConfig& config, int64_t slots, int64_t hidden, int width, DType x, DType dy,
+             int64_t room) {
+    constexpr int64_t kInFlight = 128 * 1024;
+    const int64_t strips = int64_t{config.threads_per_row} * config.packets * width;
+    const int64_t elements = slots * (config.cluster == 1 ? hidden : strips);
+    // Wherever in a line they begin, and one more in front.
+    const auto lines = [&](DType type) {
+      return CeilDiv(elements * SizeOf(type) + kLine, kLine) * kLine + kLine;
+    };
+    x_bytes = lines(x);
+    bytes = x_bytes + lines(dy);
+    // Of the last place words behind the row are read too.
+    beyond = int64_t{kWarp} * config.packets * width * SizeOf(dy) + kLine;
+    read = config.scope == Scope::kLanes ? 1 : 2;
+    count = std::min({int64_t{kMostPlaces}, read + CeilDiv(kInFlight, bytes), (room - beyond) / bytes});
   }
-  const int64_t windows = Windows(hidden, ring->width);
-  if (windows <= kStripWindows * kWarp) return WindowLanes(windows, {1, 2, 3, 4}, ring->width, kWarp);
-  // Three windows a lane leave more warps to an SM, four may make room for another row.
-  LaunchConfig config = Block(windows, 3);
-  const LaunchConfig four = Block(windows, 4);
-  if (kLanesThreads / four.block > kLanesThreads / config.block) config = four;
-  if (config.block <= kLanesThreads && ring->Bytes(config) <= ring->room) return config;
-  // Of the clusters that are large enough those of which most find a place.
+
+  // Whether at least `ahead` are filled while others are read.
+  bool Suffice(int64_t ahead) const { return count >= read + ahead; }
+
+  int64_t bytes, x_bytes;  // of a place, of which x has the first ones
+  int64_t beyond;
+  int64_t read;  // places that are read at the same time
+  int64_t count;
+};
+
+// Rows that are not aligned to 16 bytes, in windows. Whether they are many or few, and however they are
+// copied, it is the same for a device.
+LaunchConfig UnalignedBackwardLayout(const Device& device, const Ring& ring, int64_t hidden, DType x,
+                                     DType dy, int margin) {
+  const int width = ring.width;
+  const int64_t windows = Windows(hidden, width);
+  if (windows <= kStripWindows * kWarp) return WindowLanes(windows, {1, 2, 3, 4}, 8, width, kWarp);
+  const auto fits = [&](const LaunchConfig& config) {
+    if (!device.bulk_copies) return config.block <= kLanesThreads && ring.Bytes(config) <= ring.room;
+    return config.block <= BulkThreads(config.packets) &&
+           BulkPlaces(config, 1, hidden, width, x, dy, ring.room).Suffice(1);
+  };
   LaunchConfig best = Loop();
-  int most = 0;
+  int most_slots = 0;
+  for (const int packets : {2, 3, 4}) {  // of which most rows find a place in a block
+    const LaunchConfig config = Block(windows, packets);
+    const int slots = BulkThreads(packets) / config.block;
+    // Four need the registers of fewer threads, which bulk copies leave no room for.
+    if (slots <= most_slots || !fits(config) || (packets == 4 && device.bulk_copies)) continue;
+    best = config;
+    most_slots = slots;
+  }
+  if (best.scope == Scope::kBlock) return best;
+  int64_t most = 0;
+  // Of the clusters that are large enough those of which most blocks find a place, unless these are small.
+  constexpr int kLeastThreads = 12 * kWarp;
   for (int cluster = 2; cluster <= device.max_cluster; ++cluster) {
-    config = Cluster(windows, 3, cluster);
-    if (config.block > kMaxThreads || ring->Bytes(config) > ring->room) continue;
-    const int count = ResidentBlocks(device, cluster, margin);
-    if (count > most) best = config;
-    most = std::max(most, count);
+    const LaunchConfig config = Cluster(windows, 3, cluster);
+    if (!fits(config)) continue;
+    const int64_t blocks = int64_t{ResidentBlocks(device, cluster, margin)} * cluster;
+    const int64_t threads = blocks * std::min(config.block, kLeastThreads);
+    if (threads > most) best = config;
+    most = std::max(most, threads);
   }
   return best;
+}
+
+// Many rows in windows, as UnalignedBackwardLayout gave them to one slot, by bulk copies: as many slots as
+// find a place, and the warp that copies.
+void FillBulk(int64_t hidden, DType x, DType dy, int64_t room, LaunchConfig* config) {
+  constexpr int64_t kAhead = 2;  // rather than another slot
+  const int of_warp = std::max(1, kWarp / config->threads_per_row);
+  int slots = config->scope == Scope::kCluster ? 1 : BulkThreads(config->packets) / config->threads_per_row;
+  slots -= slots % of_warp;
+  const auto places = [&] { return BulkPlaces(*config, slots, hidden, config->width, x, dy, room); };
+  while (slots > of_warp && !places().Suffice(kAhead)) slots -= of_warp;
+  config->method = Method::kBulk;
+  config->slots = slots;
+  config->block = slots * config->threads_per_row + kWarp;
+  config->places = static_cast<int>(places().count);
+  config->place_bytes = places().bytes;
+  config->x_bytes = places().x_bytes;
+  config->shared_memory = places().count * places().bytes + places().beyond;
 }
 
 LaunchConfig BackwardLayout(const Device& device, const Ring& ring, int64_t packets) {
@@ -96,28 +145,29 @@ LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x
   const bool add = fused.fusion == Fusion::kAdd, rotary = fused.fusion == Fusion::kRotary;
   const bool aligned = alignment == Alignment::kRows;
   const int64_t element_bytes = SizeOf(x) * (add ? 2 : 1) + SizeOf(dy) * fused.gradients;
-  Ring ring{width * element_bytes, 16, aligned, width, room, add};
+  const Ring ring{width * element_bytes, aligned, width, room, add};
   LaunchConfig config;
   if (rotary) {
     config = RotaryLayout(shape.hidden, width, fused, kWarp);
   } else if (aligned) {
     config = BackwardLayout(device, ring, shape.hidden / width);
   } else if (alignment == Alignment::kTensors && !add) {
-    config = UnalignedBackwardLayout(device, &ring, shape.hidden, x == dy, margin);
+    config = UnalignedBackwardLayout(device, ring, shape.hidden, x, dy, margin);
   } else {
     config = Loop();
   }
   config.aligned = aligned;
-  config.width = config.scope == Scope::kLoop && !aligned ? 1 : ring.width;
+  config.width = config.scope == Scope::kLoop && !aligned ? 1 : width;
   config.most_shared_memory = room;
 
   const bool lanes = config.scope == Scope::kLanes;
   // Where a row takes fewer threads of a block, the others are for dgamma alone.
   LaunchConfig few = config;
-  if (!ring.aligned && few.scope != Scope::kLoop) ShareWindows(&few);
+  const bool windows = !aligned && config.scope != Scope::kLoop;
+  if (windows) ShareWindows(&few);
   few.block = few.scope == Scope::kCluster ? few.threads_per_row : std::max(few.threads_per_row, kFewThreads);
   if (!rotary && config.scope != Scope::kLoop && margin == 0 &&
-      AreFew(device, shape, x, element_bytes, !ring.aligned, fused.gradients, few)) {
+      AreFew(device, shape, x, element_bytes, windows, fused.gradients, few)) {
     config = few;
     config.method = Method::kFew;
     config.dependent = device.dependent_launch;
@@ -131,9 +181,13 @@ LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x
     return config;
   }
 
-  const bool windows = config.scope != Scope::kLoop && !ring.aligned;
-  if (config.scope != Scope::kLoop) ring.Fill(&config, lanes || windows ? kLanesThreads : kMaxThreads);
-  const int64_t slots = config.block / config.threads_per_row;
+  const bool bulk = windows && device.bulk_copies;
+  if (bulk) {
+    FillBulk(shape.hidden, x, dy, room, &config);
+  } else if (config.scope != Scope::kLoop) {
+    ring.Fill(&config, lanes || windows ? kLanesThreads : kMaxThreads);
+  }
+  const int64_t slots = bulk ? config.slots : config.block / config.threads_per_row;
   if (slots > 1) {
     // At the end the slots of a block add up their columns of dgamma in shared memory.
     config.shared_memory = std::max(config.shared_memory, slots * shape.hidden * 4);
@@ -144,17 +198,17 @@ LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x
   const int64_t most = partial_rows == 0 ? shape.rows : partial_rows;
   config.blocks_per_group = std::max<int64_t>(1, std::min({items, wanted, most}));
   // Several clusters of a group take rows of all shifts, other blocks those that lie alike.
-  const bool sorted = config.scope == Scope::kCluster && config.blocks_per_group > 1;
+  const bool sorted = !bulk && config.scope == Scope::kCluster && config.blocks_per_group > 1;
   if (windows && !sorted && config.blocks_per_group < items) {
-    const int64_t alike = BlocksAlike(shape.hidden, ring.width, slots);
+    const int64_t alike = BlocksAlike(shape.hidden, bulk ? width / 4 : width, slots);
     config.blocks_per_group = std::min(items, std::max(alike, config.blocks_per_group / alike * alike));
     if (config.blocks_per_group > most) {  // not what JAX's side asks for
       return ConfigureBackward(device, shape, x, dy, Alignment::kNone, partial_rows, margin, fused);
     }
   }
   config.grid = std::min(resident, config.blocks_per_group * shape.groups) * config.cluster;
-  if (config.scope != Scope::kLoop && aligned) {  // others do not ask for that much
-    constexpr double kShare = 0.88;               // of the bandwidth, for two reads and a write
+  if (config.scope != Scope::kLoop && (aligned || bulk)) {  // others do not ask for that much
+    constexpr double kShare = 0.88;                         // of the bandwidth, for two reads and a write
     const int64_t moved = element_bytes + (add && !fused.gradient_of_h ? 0 : SizeOf(x));
     config.turn_ns = TurnTime(device, shape, config, moved, kShare);
   }

@@ -97,7 +97,7 @@ LaunchConfig UnalignedForwardLayout(const Device& device, int64_t rows, int64_t 
   // Two blocks on an SM, or more.
   if (windows <= kStripWindows * std::min(per_sm / 2, kWindowRingThreads<Scope::kBlock>)) {
     config = windows <= kLaneWindows * kWarp
-                 ? WindowLanes(windows, {1, 2, 3, 4, kLaneWindows}, wide, kLanesBlock)
+                 ? WindowLanes(windows, {1, 2, 3, 4, kLaneWindows}, wide, wide, kLanesBlock)
                  : Block(windows, kStripWindows);
     config.method = few ? Method::kWindows : Method::kRing;
     config.width = wide;
@@ -156,7 +156,7 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
   const bool wide_gamma = SizeOf(gamma) > SizeOf(x);
   const auto width = static_cast<int>(16 / SizeOf(x));
   const int64_t room = device.shared_memory - kOtherSharedMemory;
-  const Ring ring{width * SizeOf(x), 16, alignment == Alignment::kRows, width, room};
+  const Ring ring{width * SizeOf(x), alignment == Alignment::kRows, width, room};
   LaunchConfig config;
   if (fused.fusion == Fusion::kRotary) {
     config = RotaryForwardLayout(rows, shape.hidden, width, fused, margin);

@@ -33,7 +33,7 @@ bool AlignedTo(int64_t bytes, const void* data) { return reinterpret_cast<uintpt
 bool Aligned(const void* data) { return AlignedTo(16, data); }
 
 // Of rows of `hidden` elements in tensors that are aligned or not, moved in packets of `width` elements,
-// which are a multiple of 16 bytes in each tensor's type or half of one.
+// which are a multiple of 16 bytes in each tensor's type.
 Alignment AlignmentOf(bool tensors_aligned, int64_t hidden, int64_t width) {
   return !tensors_aligned ? Alignment::kNone : hidden % width != 0 ? Alignment::kTensors : Alignment::kRows;
 }
@@ -197,6 +197,7 @@ cudaError_t CurrentDevice(Device* device) {
   error = cudaFuncGetAttributes(&attributes, FinishKernel<1>);
   if (error != cudaSuccess) return error;
   device->dependent_launch = major >= 9 && attributes.ptxVersion >= 90;
+  device->bulk_copies = device->dependent_launch;
   device->max_cluster = !device->dependent_launch ? 1 : major < 12 ? 16 : 8;
   if (device->max_cluster > 1) CountResidentClusters(device);
   // With as little shared memory as can be it starts a microsecond sooner behind a kernel that has much.

@@ -83,13 +83,14 @@ inline LaunchConfig Loop() {
 inline int64_t Windows(int64_t hidden, int width) { return CeilDiv(hidden - 1, width) + 1; }
 
 // Windows of a row for part of a warp: as few as can be, by one of the numbers a lane for which there are
-// kernels. A sum takes as many lanes as windows have elements.
-inline LaunchConfig WindowLanes(int64_t windows, std::initializer_list<int> per_lane, int width, int block) {
+// kernels, and at least `least_lanes`. A sum takes as many lanes as windows have elements.
+inline LaunchConfig WindowLanes(int64_t windows, std::initializer_list<int> per_lane, int least_lanes,
+                                int width, int block) {
   LaunchConfig best;
   int least = INT_MAX;
   for (const int per_thread : per_lane) {
     LaunchConfig config = Lanes(windows, per_thread, block);
-    config.threads_per_row = std::max(config.threads_per_row, width);
+    config.threads_per_row = std::max(config.threads_per_row, least_lanes);
     if (config.threads_per_row > kWarp || per_thread * config.threads_per_row > least) continue;
     least = per_thread * config.threads_per_row;
     best = config;
@@ -98,13 +99,15 @@ inline LaunchConfig WindowLanes(int64_t windows, std::initializer_list<int> per_
   return best;
 }
 
-// Few rows of windows: pairs of warps share what a warp has, but for strips of three with a tail.
+// Few rows of windows: pairs of warps share what a warp has, but for strips of three with a tail, and where a
+// block would have too many threads.
 inline void ShareWindows(LaunchConfig* config) {
-  if (config->packets == 1 || (config->packets == 3 && config->scope != Scope::kLanes)) return;
+  const bool lanes = config->scope == Scope::kLanes;
+  if (config->packets == 1 || (!lanes && (config->packets == 3 || config->block > kLanesThreads))) return;
   config->share = 2;
   config->packets = static_cast<int>(CeilDiv(config->packets, config->share));
   config->threads_per_row *= config->share;
-  if (config->scope != Scope::kLanes) config->block *= config->share;
+  if (!lanes) config->block *= config->share;
 }
 
 // A slot that goes on by as many blocks, or a multiple of them, of `slots` each finds its rows of `hidden`
@@ -138,7 +141,8 @@ inline uint32_t TurnTime(const Device& device, const Shape& shape, const LaunchC
                        static_cast<double>(element_bytes);
   if (device.memory_bandwidth <= 0 || bytes <= static_cast<double>(kCaches * device.l2_bytes)) return 0;
   const int64_t clusters = config.grid / config.cluster;
-  const int64_t rows = config.block / config.threads_per_row * config.rows;  // of a cluster's turn
+  const int64_t slots = config.method == Method::kBulk ? config.slots : config.block / config.threads_per_row;
+  const int64_t rows = slots * config.rows;  // of a cluster's turn
   const int64_t turns = CeilDiv(shape.groups * config.blocks_per_group, clusters) *
                         CeilDiv(shape.rows, config.blocks_per_group * rows);
   return static_cast<uint32_t>(bytes / (share * device.memory_bandwidth) / static_cast<double>(turns));
@@ -147,7 +151,6 @@ inline uint32_t TurnTime(const Device& device, const Shape& shape, const LaunchC
 // What both passes want of a ring.
 struct Ring {
   int64_t packet_bytes;  // of all operands that are copied
-  int64_t access;        // bytes of a packet of the narrowest one
   bool aligned;          // rows, to their packets
   int width;             // elements a packet
   int64_t room;
@@ -164,7 +167,7 @@ struct Ring {
   int64_t Bytes(const LaunchConfig& config) const {
     const int ahead = config.rows > 1    ? kRotaryAhead[config.rows]
                       : config.ahead > 0 ? config.ahead
-                                         : RowsAhead(config.scope, config.packets * access / 16, add);
+                                         : RowsAhead(config.scope, config.packets, add);
     return (ahead + 2) * config.rows * PlaceBytes(config);
   }
 

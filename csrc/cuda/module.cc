@@ -45,7 +45,7 @@ Fused ParseFused(const std::string& fusion, int64_t rotary_width, bool interleav
 }
 
 nb::dict ToDict(const LaunchConfig& config) {
-  constexpr const char* kMethods[] = {"plain", "staged", "ring", "windows", "few"};
+  constexpr const char* kMethods[] = {"plain", "staged", "ring", "windows", "bulk", "few"};
   constexpr const char* kScopes[] = {"lanes", "block", "cluster", "loop"};
   nb::dict dict;
   dict["method"] = kMethods[static_cast<int>(config.method)];
@@ -67,6 +67,8 @@ nb::dict ToDict(const LaunchConfig& config) {
   dict["most_shared_memory"] = config.most_shared_memory;
   dict["blocks_per_group"] = config.blocks_per_group;
   dict["rows"] = config.rows;
+  dict["places"] = config.places;
+  dict["place_bytes"] = config.place_bytes;
   dict["turn_ns"] = config.turn_ns;
   return dict;
 }
@@ -77,7 +79,7 @@ Device MakeDevice(int sm_count, int shared_memory, int max_cluster, int64_t l2_b
   device.sm_count = sm_count;
   device.shared_memory = shared_memory;
   device.max_cluster = max_cluster;
-  device.dependent_launch = max_cluster > 1;
+  device.dependent_launch = device.bulk_copies = max_cluster > 1;
   device.l2_bytes = l2_bytes;
   device.memory_bandwidth = memory_bandwidth;
   return device;

@@ -227,7 +227,7 @@ __device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// 4, 8 or 16 bytes to and from registers of 32 bits.
+// 4, 8 or 16 bytes to and from registers of 32 bits; to shared memory 2 as well.
 template <int kBytes>
 __device__ __forceinline__ void LoadShared(uint32_t address, uint32_t* to) {
   if constexpr (kBytes == 16) {
@@ -251,9 +251,11 @@ __device__ __forceinline__ void StoreShared(uint32_t address, const uint32_t* fr
                  : "memory");
   } else if constexpr (kBytes == 8) {
     asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(from[0]), "r"(from[1]) : "memory");
-  } else {
-    static_assert(kBytes == 4);
+  } else if constexpr (kBytes == 4) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(from[0]) : "memory");
+  } else {
+    static_assert(kBytes == 2);
+    asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(static_cast<uint16_t>(from[0])) : "memory");
   }
 }
 

@@ -7,6 +7,26 @@
 
 namespace jax_rmsnorm {
 
+// Returns when the phase of `parity` of an mbarrier in shared memory is over.
+__device__ __forceinline__ void WaitBarrier(uint32_t barrier, unsigned parity) {
+  unsigned done = 0;
+  while (done == 0) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+#if __CUDA_ARCH__ >= 900
+        "mbarrier.try_wait.parity.shared.b64 done, [%1], %2;\n"
+#else
+        "mbarrier.test_wait.parity.shared.b64 done, [%1], %2;\n"
+#endif
+        "selp.u32 %0, 1, 0, done;\n"
+        "}\n"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  }
+}
+
 // The sum of RowSum in two halves, so that a thread can work on its next row while the others finish the last
 // one: Post(turn, value) hands in this thread's part, Wait(turn) returns the sum. Turns count from 0;
 // Post(turn + 1) may come before Wait(turn), and no later Post may.
@@ -131,25 +151,6 @@ class SplitRowSum {
  private:
   __device__ __forceinline__ uint32_t Barrier(unsigned buffer) const {
     return barriers_ + buffer * kMaxWarps * sizeof(uint64_t);
-  }
-
-  static __device__ __forceinline__ void WaitBarrier(uint32_t barrier, unsigned parity) {
-    unsigned done = 0;
-    while (done == 0) {
-      asm volatile(
-          "{\n"
-          ".reg .pred done;\n"
-#if __CUDA_ARCH__ >= 900
-          "mbarrier.try_wait.parity.shared.b64 done, [%1], %2;\n"
-#else
-          "mbarrier.test_wait.parity.shared.b64 done, [%1], %2;\n"
-#endif
-          "selp.u32 %0, 1, 0, done;\n"
-          "}\n"
-          : "=r"(done)
-          : "r"(barrier), "r"(parity)
-          : "memory");
-    }
   }
 
   Shared& shared_;

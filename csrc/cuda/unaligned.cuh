@@ -18,7 +18,8 @@ namespace jax_rmsnorm {
 
 // The value itself, which the compiler takes for another each time: what is computed from it, where few get
 // to it, does not take registers all along.
-__device__ __forceinline__ int Anew(int value) {
+template <typename T>
+__device__ __forceinline__ T Anew(T value) {
   asm volatile("" : "+r"(value));
   return value;
 }

@@ -36,7 +36,9 @@ def test_every_layout_is_among_the_shapes():
                 )
                 seen.add((config["method"], config["scope"], config["aligned"]))
     assert seen == {
-        *itertools.product(("ring",), ("lanes", "block", "cluster"), (True, False)),
+        *itertools.product(("ring",), ("lanes", "block", "cluster"), (True,)),
+        *itertools.product(("ring",), ("block", "cluster"), (False,)),
+        *itertools.product(("bulk",), ("lanes", "block", "cluster"), (False,)),
         *itertools.product(("plain",), ("lanes", "block", "loop"), (True, False)),
         ("plain", "cluster", True),
         *itertools.product(("staged",), ("block",), (True, False)),
@@ -77,13 +79,44 @@ def test_rows(rows, hidden):
     ],
 )
 @pytest.mark.parametrize("rows", [301, 1000])
-def test_rows_of_several_shifts(rows, hidden, x, y):
-    """Many unaligned rows for clusters of blocks, each of which sums dgamma over rows of one shift after another."""
+def test_unaligned_rows_of_clusters(rows, hidden, x, y):
+    """Many rows that begin anywhere in a granule of 16 bytes, and whose parts in a block do too."""
     config = _ffi.CUDA.module.backward_config(
         rows=rows, hidden=hidden, x=x.dtype.name, dy=y.dtype.name, alignment="tensors"
     )
-    assert (config["method"], config["scope"], config["aligned"]) == ("ring", "cluster", False)
+    assert (config["method"], config["scope"], config["aligned"]) == ("bulk", "cluster", False)
     check_call((rows, hidden), x, jnp.float32, y)
+
+
+@pytest.mark.parametrize("hidden", [101, 1001, 4097, 4104, 20_001])
+@pytest.mark.parametrize(("x_offset", "dy_offset"), [(8, 8), (56, 0), (0, 56), (24, 40)])
+def test_tensors_that_begin_within_a_line(hidden, x_offset, dy_offset):
+    """At a multiple of 16 bytes, which is all that XLA asks of an argument, and not of the 128 that it gives itself."""
+    torch = pytest.importorskip("torch", reason="PyTorch makes the tensors that begin anywhere")
+    shape = (40_000_000 // hidden, hidden)
+    x, dy = (draw(i, shape, jnp.bfloat16) for i in (0, 2))
+    gamma = draw(1, hidden, jnp.float32)
+
+    def moved(array, offset):
+        there = torch.empty(array.size + offset, dtype=torch.bfloat16, device="cuda")[offset:]
+        there.copy_(torch.from_dlpack(array).reshape(-1))
+        torch.cuda.synchronize()
+        return jnp.from_dlpack(there.reshape(shape), copy=False)
+
+    def address(array):
+        return array.addressable_data(0).unsafe_buffer_pointer()
+
+    @jax.jit
+    def gradients(x, dy):
+        norm = functools.partial(jax_rmsnorm.rms_norm, implementation="kernel")
+        y, vjp = jax.vjp(norm, x, gamma)
+        return y, *vjp(dy)
+
+    moved_x, moved_dy = moved(x, x_offset), moved(dy, dy_offset)
+    assert address(moved_x) % 128 == 2 * x_offset
+    assert address(moved_dy) % 128 == 2 * dy_offset
+    for got, want in zip(gradients(moved_x, moved_dy), gradients(x, dy), strict=True):
+        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
 
 
 @pytest.mark.parametrize("hidden", [64, 65, 333, 3000, 3001, 20_001, 40_960])

@@ -22,6 +22,18 @@ SHAPES = [  # in each scope, two or three packets a lane or a thread
     (20_001, 4096, jnp.bfloat16),
     (5_003, 16_384, jnp.bfloat16),
     (2_000, 36_864, jnp.bfloat16),
+    # Rows that are not aligned, one or several for a warp, a block, or a cluster.
+    (3_000_001, 17, jnp.bfloat16),
+    (700_001, 101, jnp.float16),
+    (400_000, 190, jnp.bfloat16),
+    (150_001, 513, jnp.bfloat16),
+    (80_001, 1001, jnp.float32),
+    (60_000, 1023, jnp.bfloat16),
+    (20_001, 4097, jnp.bfloat16),
+    (16_001, 4100, jnp.bfloat16),
+    (13_103, 5121, jnp.float32),
+    (9_001, 7001, jnp.bfloat16),
+    (1_335, 50_257, jnp.bfloat16),
 ]
 
 
@@ -41,9 +53,9 @@ def large(shape, dtype, seed=0):
 @pytest.mark.parametrize(("rows", "hidden", "dtype"), SHAPES)
 def test_backward(rows, hidden, dtype):
     """A row's dx as in a small batch, to the bit; the same dgamma again, and the sum that it should be."""
-    config = _ffi.CUDA.module.backward_config(
-        rows=rows, hidden=hidden, x=dtype.dtype.name, dy=dtype.dtype.name, **H200
-    )
+    alignment = "rows" if hidden * dtype.dtype.itemsize % 16 == 0 else "tensors"
+    call = {"rows": rows, "hidden": hidden, "x": dtype.dtype.name, "dy": dtype.dtype.name}
+    config = _ffi.CUDA.module.backward_config(**call, alignment=alignment, **H200)
     assert config["turn_ns"] > 0
     x, dy = large((rows, hidden), dtype)
     gamma = draw(1, hidden, jnp.float32)
