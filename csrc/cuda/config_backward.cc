@@ -47,7 +47,7 @@ LaunchConfig UnalignedBackwardLayout(const Device& device, const Ring& ring, int
   int most_slots = 0;
   for (const int packets : {2, 3, 4}) {  // of which most rows find a place in a block
     const LaunchConfig config = Block(windows, packets);
-    const int slots = BulkThreads(packets) / config.block;
+    const int slots = (device.bulk_copies ? BulkThreads(packets) : kLanesThreads) / config.block;
     // Four need the registers of fewer threads, which bulk copies leave no room for.
     if (slots <= most_slots || !fits(config) || (packets == 4 && device.bulk_copies)) continue;
     best = config;
