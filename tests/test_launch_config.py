@@ -296,6 +296,24 @@ def test_rows_of_a_slot_are_alike(case):
     assert step >= case.rows or step * case.hidden % 2 == 0
 
 
+@pytest.mark.parametrize("dtype", SIZES)
+def test_lanes_of_bulk_copies(dtype):
+    """Each choice has a kernel, which takes for granted that no choice with fewer windows would hold the row."""
+    choices = {(1, 8), (2, 8), (3, 8), (4, 8), (3, 16), (4, 16), (3, 32), (4, 32)}
+    width, seen = 16 // SIZES[dtype], set()
+    for hidden in range(1, 128 * width):
+        config = cuda.backward_config(
+            rows=2**20, hidden=hidden, x=dtype, dy=dtype, alignment="tensors"
+        )
+        if config["scope"] != "lanes":
+            continue
+        needed = -(-(hidden - 1) // width) + 1  # windows, wherever the row begins
+        held = [choice for choice in choices if math.prod(choice) >= needed]
+        assert (config["packets"], config["threads_per_row"]) == min(held, key=math.prod)
+        seen.add((config["packets"], config["threads_per_row"]))
+    assert seen == choices
+
+
 @settings(max_examples=300)
 @given(cases())
 def test_shared_memory(case):

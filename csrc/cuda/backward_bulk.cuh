@@ -76,9 +76,9 @@ struct BulkRow {
 
   // Writes dx: `to` is for the first word. kInner: all words are the row's.
   template <bool kInner>
-  static __device__ __forceinline__ void Differentiate(const Words& words, int hidden, int lane,
-                                                       uint32_t x_at, uint32_t dy_at, const OfThread& gamma,
-                                                       float rrms, float slope, T* to) {
+  static __device__ __forceinline__ void Differentiate(const Words& words, int hidden, uint32_t x_at,
+                                                       uint32_t dy_at, const OfThread& gamma, float rrms,
+                                                       float slope, T* to) {
 #pragma unroll
     for (int k = 0; k < kPackets; ++k) {
       if (!kInner && k > 0 && !words.Reaches(k, hidden)) break;
@@ -265,8 +265,8 @@ __global__ __launch_bounds__(BulkThreads(kPackets) + 32,
             const uint32_t x_from = kBehind == 0 ? x_at : last_x_at;
             const uint32_t dy_from = kBehind == 0 ? dy_at : last_dy_at;
             const auto differentiate = [&](auto inner) {
-              Row::template Differentiate<decltype(inner)::value>(words, hidden, lane_of_row, x_from, dy_from,
-                                                                  gamma, of_row, slope, dx_at);
+              Row::template Differentiate<decltype(inner)::value>(words, hidden, x_from, dy_from, gamma,
+                                                                  of_row, slope, dx_at);
             };
             if (!words.IsOuter()) {
               differentiate(std::true_type{});
