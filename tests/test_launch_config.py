@@ -397,6 +397,42 @@ def test_long_rows_are_read_once(direction, dtype, hidden):
     assert configure(rows=8, hidden=hidden, x=dtype)["scope"] in ("block", "cluster")
 
 
+@settings(max_examples=100)
+@given(
+    rows=st.integers(1, 2**24).map(lambda n: 2 * n),
+    head_dim=st.sampled_from([16, 64, 128, 256]),
+    sm_count=st.sampled_from([8, 66, 132]),
+    margin=st.integers(0, 7),
+)
+def test_pairs_of_rotated_rows(rows, head_dim, sm_count, margin):
+    """Blocks of a size with which no block has more rows than with another one."""
+    config = cuda.backward_config(
+        rows=rows,
+        hidden=head_dim,
+        fusion="rotary",
+        rotary_width=head_dim,
+        heads=2,
+        sm_count=sm_count,
+        margin=margin,
+    )
+
+    def most_rows(threads: int) -> int:
+        run = threads // config["threads_per_row"] * config["rows"]
+        return math.ceil(rows / (run * (sm_count - margin))) * run
+
+    assert config["rows"] == 2
+    assert 256 <= config["block"] <= 352
+    assert most_rows(config["block"]) == min(map(most_rows, range(256, 353, 32)))
+
+
+@pytest.mark.parametrize(
+    ("hidden", "eager"), [(128, True), (5120, True), (4096, False), (8192, False)]
+)
+def test_what_is_loaded_early(hidden, eager):
+    """A row's reciprocal RMS, where there is little under way."""
+    assert cuda.backward_config(rows=2**26 // hidden, hidden=hidden)["eager"] is eager
+
+
 def test_bad_dtype():
     with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16, got float64"):
         cuda.forward_config(rows=1, hidden=1, x=jnp.dtype("float64").name)

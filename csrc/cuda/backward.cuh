@@ -23,9 +23,14 @@ namespace jax_rmsnorm {
 // behind them the packets in flight, as many as the memory likes best. Where part of a warp has a row, the
 // sum of its lanes makes nobody wait, and row t is done with in turn t.
 //
+// A row's reciprocal RMS is loaded a turn ahead. Loaded after that turn's copies it comes after them, for
+// loads and copies are answered in order, and the wait for it keeps a block with much under way from asking
+// for more than its share. One with little (kEager) must not wait: it loads before the copies what it has had
+// fetched to the L2 cache some turns before.
+//
 // Preconditions: all tensors and rows are aligned to 16 bytes; the row fits, hidden <=
 // kSize * kPackets * threads_per_row * blocks of the cluster. Gradients beyond the first dy need kAdd.
-template <typename T, typename D, int kSize, int kPackets, Scope kScope, Fusion kFusion>
+template <typename T, typename D, int kSize, int kPackets, Scope kScope, Fusion kFusion, bool kEager = false>
 __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThreads,
                              1) void BackwardKernel(const __grid_constant__ BackwardParams params) {
   constexpr bool kAdd = kFusion == Fusion::kAdd;
@@ -35,6 +40,7 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
   // Of the packets ahead, those that may still be in flight when the next is copied: all but the one that is
   // read, and with three packets all but two, which the memory likes better.
   constexpr int kInFlight = kAhead * kPackets - (kPackets == 3 && !kAdd && kScope == Scope::kCluster ? 2 : 1);
+  constexpr int kPrefetch = 3;  // turns from when a reciprocal RMS is fetched to when it is loaded
   extern __shared__ uint4 shared[];
   __shared__ typename SplitRowSum<kScope>::Shared sum_memory;
   const BackwardArgs& args = params.args;
@@ -129,6 +135,9 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
         rrms = next_rrms;
         rrms_of += turns.step;
         next_rrms = t + 1 < own ? *rrms_of : 0.0f;
+        if constexpr (kEager) {
+          if (thread == 0 && t + 1 + kPrefetch < own) PrefetchToL2(rrms_of + kPrefetch * turns.step);
+        }
         float sum = 0.0f;
 #pragma unroll
         for (int k = 0; k < kPackets; ++k) {
@@ -179,12 +188,16 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
 
 template <typename T, typename D, int kSize, Fusion kFusion>
 auto FindBackwardAligned(const LaunchConfig& config) -> void (*)(BackwardParams) {
+  constexpr bool kEager = kFusion == Fusion::kNone;
   if (config.scope == Scope::kLanes) {
-    return config.packets == 1   ? BackwardKernel<T, D, kSize, 1, Scope::kLanes, kFusion>
-           : config.packets == 2 ? BackwardKernel<T, D, kSize, 2, Scope::kLanes, kFusion>
+    return config.packets == 1   ? BackwardKernel<T, D, kSize, 1, Scope::kLanes, kFusion, kEager>
+           : config.packets == 2 ? BackwardKernel<T, D, kSize, 2, Scope::kLanes, kFusion, kEager>
                                  : BackwardKernel<T, D, kSize, 3, Scope::kLanes, kFusion>;
   }
-  if (config.scope == Scope::kBlock) return BackwardKernel<T, D, kSize, 2, Scope::kBlock, kFusion>;
+  if (config.scope == Scope::kBlock) {
+    return config.eager ? BackwardKernel<T, D, kSize, 2, Scope::kBlock, kFusion, kEager>
+                        : BackwardKernel<T, D, kSize, 2, Scope::kBlock, kFusion>;
+  }
   return config.packets == 2 ? BackwardKernel<T, D, kSize, 2, Scope::kCluster, kFusion>
                              : BackwardKernel<T, D, kSize, 3, Scope::kCluster, kFusion>;
 }

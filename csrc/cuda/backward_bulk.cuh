@@ -133,6 +133,10 @@ __global__ __launch_bounds__(BulkThreads(kPackets) + 32,
   constexpr bool kTail = kScope != Scope::kLanes;
   constexpr int kBehind = kTail ? 1 : 0;  // turns from a row's sum to its dx
   constexpr int kElements = kLanes * kSize * kPackets;
+  // gamma is read all at the same time, or else, where warps have rows of their own, one element after
+  // another: that takes longer for some warps than for others, and warps that do not all do the same at the
+  // same time are faster, but for the longest rows of a warp.
+  constexpr bool kAtOnce = kTail || (kLanes == 32 && kPackets == 4);
   using Row = BulkRow<T, D, kSize, kUnit, kPackets, kLanes, kTail>;
   using Words = typename Row::Words;
   extern __shared__ __align__(kLine) uint4 shared[];
@@ -180,6 +184,7 @@ __global__ __launch_bounds__(BulkThreads(kPackets) + 32,
         const BulkSpan<T> x(args.x, begin, copied, elements);
         const BulkSpan<D> dy(args.dy[0], begin, copied, elements);
         pace.Wait();
+        PrefetchBulk(args.rrms + row, rows);
         ring.WaitEmpty();
         const uint32_t to = memory + ring.Offset();
         x.CopyRest(to);
@@ -201,10 +206,7 @@ __global__ __launch_bounds__(BulkThreads(kPackets) + 32,
         const auto load = [&](int at) {
           const bool inside = at >= 0 && at < hidden;
           float value[1] = {0.0f};
-          // All at the same time, or else, where warps have rows of their own, one after another: that takes
-          // longer for some than for others, and warps that do not all do the same at the same time are
-          // faster.
-          if (kTail || inside) LoadGammaAs<decltype(tag)>(args, turns.group * hidden, at, value, inside);
+          if (kAtOnce || inside) LoadGammaAs<decltype(tag)>(args, turns.group * hidden, at, value, inside);
           return value[0];
         };
 #pragma unroll

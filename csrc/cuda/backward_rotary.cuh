@@ -11,10 +11,10 @@ namespace jax_rmsnorm {
 // lanes makes nobody wait.
 //
 // Preconditions: all rows, and those of cos and sin, are aligned to their packets; fewer than 2^31 rows, and
-// heads a multiple of kRows; the row fits, hidden <= 2 * kSize * threads_per_row. In halves: width = 2 *
-// kSize * threads_per_row; else width is a multiple of kSize.
+// heads a multiple of kRows; the row fits, hidden <= 2 * kSize * threads_per_row. In halves: hidden = width =
+// 2 * kSize * threads_per_row; else width is a multiple of kSize.
 template <typename T, typename D, int kSize, int kRows, bool kInterleaved>
-__global__ __launch_bounds__(kLanesThreads,
+__global__ __launch_bounds__(kRotaryThreads[kRows],
                              1) void BackwardRotaryKernel(const __grid_constant__ BackwardParams params) {
   constexpr int kPackets = 2;
   constexpr int kTurn = kRows * kPackets;  // packets of a thread
@@ -24,9 +24,8 @@ __global__ __launch_bounds__(kLanesThreads,
   constexpr int kAngled = kInterleaved ? kPackets : 1;       // packets with angles of their own
   extern __shared__ uint4 shared[];
   const BackwardArgs& args = params.args;
-  const Rotary& rotary = args.rotary;
+  const bool round_before_gamma = args.arithmetic.round_before_gamma;
   const int hidden = static_cast<int>(args.shape.hidden);
-  const int width = static_cast<int>(rotary.width);
   const Slots<Scope::kLanes> slots(params.threads_per_row);
   const int threads = slots.threads, thread = slots.thread;
   LaunchDependents();
@@ -36,28 +35,38 @@ __global__ __launch_bounds__(kLanesThreads,
   const PacketRing<T, kSize, false> x_ring(ring_memory, args.x);
   const PacketRing<D, kSize, false> dy_ring(ring_memory + kPlaces * x_ring.Bytes(), args.dy[0]);
   const int column[kPackets] = {thread * kSize, (threads + thread) * kSize};
+  const int step = Anew(threads * kSize);  // from a thread's packet to its next one
+  const auto inside = [&](int k) { return !kInterleaved || column[k] < hidden; };
+  const auto has_angles = [&](int k) { return !kInterleaved || column[k] < args.rotary.width; };
 
   const int64_t items = args.shape.groups * params.blocks_per_group;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
     const Turns<kRows> turns(args.shape, params.blocks_per_group, item, slots.count, slots.number);
-    const int64_t row_step = turns.step * hidden;
-    int64_t row = turns.row;
-    int64_t start = row * hidden;
-    // Copies the rows from element `begin` on to the ring's places from `at` on.
-    const auto copy = [&](int at, int64_t begin, bool inside) {
+    const int64_t row_step = Anew(turns.step * hidden);
+    // This thread's first element in the rows that are copied next.
+    int64_t next = turns.row * hidden + column[0];
+    T* dx = static_cast<T*>(args.dx) + next;
+    // Copies the next rows to the ring's places from `to` on.
+    int to = 0;
+    const auto copy = [&](bool has) {
+      const T* x_from = Anew(static_cast<const T*>(args.x) + next);
+      const D* dy_from = Anew(static_cast<const D*>(args.dy[0]) + next);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
 #pragma unroll
         for (int k = 0; k < kPackets; ++k) {
-          const bool copied = inside && column[k] < hidden;
-          x_ring.Copy(at + r * kPackets + k, begin + r * hidden + column[k], copied);
-          dy_ring.Copy(at + r * kPackets + k, begin + r * hidden + column[k], copied);
+          const int at = to + r * kPackets + k, offset = r * hidden + k * step;
+          const bool copied = has && inside(k);
+          x_ring.CopyElements(at, x_from + offset, copied);
+          dy_ring.CopyElements(at, dy_from + offset, copied);
         }
       }
       CommitCopies();
+      next += row_step;
+      to = to + kTurn == kPlaces ? 0 : to + kTurn;
     };
 #pragma unroll
-    for (int t = 0; t < kAhead; ++t) copy(t * kTurn, start + t * row_step, turns.Has(t));
+    for (int t = 0; t < kAhead; ++t) copy(turns.Has(t));
     const int all = turns.All(), own = turns.Own();
 
     float gamma[kPackets][kSize], dgamma[kPackets][kSize];
@@ -65,78 +74,86 @@ __global__ __launch_bounds__(kLanesThreads,
     for (int k = 0; k < kPackets; ++k) {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) gamma[k][i] = dgamma[k][i] = 0.0f;
-      if (column[k] < hidden) LoadGamma(args, turns.group * hidden, column[k], gamma[k]);
+      if (inside(k)) LoadGamma(args, turns.group * hidden, column[k], gamma[k]);
     }
 
     // Angles and reciprocal RMS come while the rows before are worked on.
-    float next_cos[kAngled][kAngles] = {}, next_sin[kAngled][kAngles] = {}, next_rrms[kRows] = {};
-    const auto prefetch = [&](int64_t next) {
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) next_rrms[r] = args.rrms[next + r];
-      const int64_t angles = params.places.Start(next);
+    float cos[kAngled][kAngles] = {}, sin[kAngled][kAngles] = {}, next_rrms[kRows] = {};
+    const auto load_angles = [&](int64_t of) {
+      const int64_t angles = params.places.Start(of);
 #pragma unroll
       for (int k = 0; k < kAngled; ++k) {
-        if (column[k] >= width) continue;
-        const int64_t at = angles + (kInterleaved ? column[k] / 2 : column[k]);
-        LoadAngles(rotary.cos, rotary.dtype, at, next_cos[k]);
-        LoadAngles(rotary.sin, rotary.dtype, at, next_sin[k]);
+        if (!has_angles(k)) continue;
+        LoadAngles(args.rotary, angles + (kInterleaved ? column[k] / 2 : column[k]), cos[k], sin[k]);
       }
     };
-    if (own > 0) prefetch(row);
+    const auto load_rrms = [&](int64_t of) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        Packet<float, 1> packet;
+        packet.Load(args.rrms + of + r);
+        next_rrms[r] = __uint_as_float(packet.registers[0]);
+      }
+    };
+    // A slot without rows reads those of others.
+    int64_t row = own > 0 ? turns.row : turns.group * args.shape.rows;
+    load_angles(row);
+    load_rrms(row);
 
-    int from = 0, to = kAhead * kTurn;
+    int from = 0;
 #pragma unroll 1
     for (int t = 0; t < all; ++t) {
       const bool live = t < own;
       pace.Wait();
-      float cos[kAngled][kAngles], sin[kAngled][kAngles], rrms[kRows];
-#pragma unroll
-      for (int k = 0; k < kAngled; ++k) {
-#pragma unroll
-        for (int i = 0; i < kAngles; ++i) {
-          cos[k][i] = next_cos[k][i];
-          sin[k][i] = next_sin[k][i];
-        }
-      }
+      float rrms[kRows], sums[kRows];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) rrms[r] = next_rrms[r];
-      if (t + 1 < own) prefetch(row + turns.step);
+      if (t + 1 < own) row += turns.step;
       WaitCopies<kAhead - 1>();
-      copy(to, start + kAhead * row_step, t + kAhead < own);
+      copy(t + kAhead < own);
 
+      Packet<T, kSize> x[kRows][kPackets];
+      float dy[kRows][kPackets][kSize];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        float x[kPackets][kSize], dy[kPackets][kSize];
 #pragma unroll
         for (int k = 0; k < kPackets; ++k) {
-          x_ring.Read(from + r * kPackets + k).Get(x[k]);
-          dy_ring.Read(from + r * kPackets + k).Get(dy[k]);
+          x[r][k] = x_ring.Read(from + r * kPackets + k);
+          dy_ring.Read(from + r * kPackets + k).Get(dy[r][k]);
           if constexpr (kInterleaved) {
-            if (column[k] < width) RotateNeighbours<true>(cos[k], sin[k], dy[k]);
+            if (has_angles(k)) RotateNeighbours<true>(cos[k], sin[k], dy[r][k]);
           }
         }
-        if constexpr (!kInterleaved) {
-          RotateHalves(cos[0], sin[0], dy[1], dy[0]);  // back: the other way round
-        }
-        float sum = 0.0f;
+        if constexpr (!kInterleaved) RotateHalves(cos[0], sin[0], dy[r][1], dy[r][0]);  // back
+      }
+      load_rrms(row);
+      load_angles(row);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        sums[r] = 0.0f;
 #pragma unroll
         for (int k = 0; k < kPackets; ++k) {
-          sum += Accumulate<T>(x[k], dy[k], gamma[k], rrms[r], args.arithmetic.round_before_gamma, dgamma[k]);
-        }
-        const float slope = Slope(rrms[r], SumLanes(sum, threads) * params.inverse_hidden);
-#pragma unroll
-        for (int k = 0; k < kPackets; ++k) {
-          float dx[kSize];
-          Differentiate(x[k], dy[k], gamma[k], rrms[r], slope, dx);
-          Packet<T, kSize> packet;
-          packet.Set(dx);
-          packet.Store(static_cast<T*>(args.dx) + start + r * hidden + column[k], live && column[k] < hidden);
+          float values[kSize];
+          x[r][k].Get(values);
+          sums[r] += Accumulate<T>(values, dy[r][k], gamma[k], rrms[r], round_before_gamma, dgamma[k]);
         }
       }
-      row += turns.step;
-      start += row_step;
+      SumLanes(sums, threads);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const float slope = Slope(rrms[r], sums[r] * params.inverse_hidden);
+#pragma unroll
+        for (int k = 0; k < kPackets; ++k) {
+          float values[kSize], of_packet[kSize];
+          x[r][k].Get(values);
+          Differentiate(values, dy[r][k], gamma[k], rrms[r], slope, of_packet);
+          Packet<T, kSize> packet;
+          packet.Set(of_packet);
+          packet.Store(dx + (r * hidden + k * step), live && inside(k));
+        }
+      }
+      dx += row_step;
       from = from + kTurn == kPlaces ? 0 : from + kTurn;
-      to = to + kTurn == kPlaces ? 0 : to + kTurn;
     }
     WaitCopies<0>();
     if (args.dgamma == nullptr) continue;

@@ -134,6 +134,19 @@ class BulkSpan {
   int elements_, rest_ = 0;
 };
 
+// Fetches `count` numbers to the L2 cache, but for the last ones if they do not fill a granule.
+__device__ __forceinline__ void PrefetchBulk(const float* numbers, int count) {
+#if __CUDA_ARCH__ >= 900
+  constexpr uint64_t kWithin = kGranule - 1;
+  const auto at = reinterpret_cast<uint64_t>(numbers);
+  const uint64_t begin = at & ~kWithin, end = (at + count * sizeof(float)) & ~kWithin;
+  if (begin == end) return;
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(begin),
+               "r"(static_cast<uint32_t>(end - begin))
+               : "memory");
+#endif
+}
+
 // Words of kUnit elements of T, `step` bytes apart in shared memory.
 template <typename T, int kUnit, int kSize>
 __device__ __forceinline__ void ReadWords(uint32_t at, uint32_t step, float (&values)[kSize]) {

@@ -163,12 +163,15 @@ struct Ring {
     return config.packets * packets * packet_bytes;
   }
 
+  int Ahead(const LaunchConfig& config) const {
+    return config.rows > 1    ? kRotaryAhead[config.rows]
+           : config.ahead > 0 ? config.ahead
+                              : RowsAhead(config.scope, config.packets, add);
+  }
+
   // The same for all rows of the ring.
   int64_t Bytes(const LaunchConfig& config) const {
-    const int ahead = config.rows > 1    ? kRotaryAhead[config.rows]
-                      : config.ahead > 0 ? config.ahead
-                                         : RowsAhead(config.scope, config.packets, add);
-    return (ahead + 2) * config.rows * PlaceBytes(config);
+    return (Ahead(config) + 2) * config.rows * PlaceBytes(config);
   }
 
   // A row for one block, if it has room.

@@ -37,10 +37,10 @@ Alignment ParseAlignment(const std::string& name) {
   throw std::invalid_argument("alignment must be rows, tensors or none, got " + name);
 }
 
-Fused ParseFused(const std::string& fusion, int64_t rotary_width, bool interleaved) {
+Fused ParseFused(const std::string& fusion, int64_t rotary_width, int64_t heads, bool interleaved) {
   if (fusion == "none") return {};
   if (fusion == "add") return {Fusion::kAdd};
-  if (fusion == "rotary") return {Fusion::kRotary, rotary_width, 1, interleaved};
+  if (fusion == "rotary") return {Fusion::kRotary, rotary_width, heads, interleaved};
   throw std::invalid_argument("fusion must be none, add or rotary, got " + fusion);
 }
 
@@ -59,6 +59,7 @@ nb::dict ToDict(const LaunchConfig& config) {
   dict["block"] = config.block;
   dict["cluster"] = config.cluster;
   dict["more_registers"] = config.more_registers;
+  dict["eager"] = config.eager;
   dict["grid"] = config.grid;
   dict["dependent"] = config.dependent;
   dict["tiles"] = config.tiles;
@@ -88,20 +89,21 @@ Device MakeDevice(int sm_count, int shared_memory, int max_cluster, int64_t l2_b
 nb::dict ForwardConfig(int64_t rows, int64_t hidden, const std::string& x, const std::string& gamma,
                        const std::optional<std::string>& y, const std::string& alignment, int sm_count,
                        int shared_memory, int max_cluster, int margin, const std::string& fusion,
-                       int64_t rotary_width, bool interleaved, int64_t l2_bytes, double memory_bandwidth) {
+                       int64_t rotary_width, int64_t heads, bool interleaved, int64_t l2_bytes,
+                       double memory_bandwidth) {
   const Device device = MakeDevice(sm_count, shared_memory, max_cluster, l2_bytes, memory_bandwidth);
   return ToDict(ConfigureForward(device, {1, rows, hidden}, ParseDType(x), ParseDType(gamma),
                                  ParseDType(y.value_or(x)), ParseAlignment(alignment), margin,
-                                 ParseFused(fusion, rotary_width, interleaved)));
+                                 ParseFused(fusion, rotary_width, heads, interleaved)));
 }
 
 nb::dict BackwardConfig(int64_t rows, int64_t hidden, const std::string& x, const std::string& dy,
                         const std::string& alignment, int64_t groups, int64_t partial_rows, int sm_count,
                         int shared_memory, int max_cluster, int margin, const std::string& fusion,
-                        int64_t rotary_width, bool interleaved, int gradients, bool gradient_of_h,
-                        int64_t l2_bytes, double memory_bandwidth) {
+                        int64_t rotary_width, int64_t heads, bool interleaved, int gradients,
+                        bool gradient_of_h, int64_t l2_bytes, double memory_bandwidth) {
   const Device device = MakeDevice(sm_count, shared_memory, max_cluster, l2_bytes, memory_bandwidth);
-  Fused fused = ParseFused(fusion, rotary_width, interleaved);
+  Fused fused = ParseFused(fusion, rotary_width, heads, interleaved);
   fused.gradients = gradients;
   fused.gradient_of_h = gradient_of_h;
   return ToDict(ConfigureBackward(device, {groups, rows, hidden}, ParseDType(x), ParseDType(dy),
@@ -144,11 +146,12 @@ NB_MODULE(_cuda, m) {
   m.def("forward_config", &rms::ForwardConfig, nb::kw_only(), "rows"_a, "hidden"_a, "x"_a = "bfloat16",
         "gamma"_a = "bfloat16", "y"_a = nb::none(), "alignment"_a = "rows", "sm_count"_a = 132,
         "shared_memory"_a = 232448, "max_cluster"_a = 16, "margin"_a = 0, "fusion"_a = "none",
-        "rotary_width"_a = 0, "interleaved"_a = false, "l2_bytes"_a = 0, "memory_bandwidth"_a = 0);
+        "rotary_width"_a = 0, "heads"_a = 1, "interleaved"_a = false, "l2_bytes"_a = 0,
+        "memory_bandwidth"_a = 0);
   m.def("backward_config", &rms::BackwardConfig, nb::kw_only(), "rows"_a, "hidden"_a, "x"_a = "bfloat16",
         "dy"_a = "bfloat16", "alignment"_a = "rows", "groups"_a = 1, "partial_rows"_a = 1024,
         "sm_count"_a = 132, "shared_memory"_a = 232448, "max_cluster"_a = 16, "margin"_a = 0,
-        "fusion"_a = "none", "rotary_width"_a = 0, "interleaved"_a = false, "gradients"_a = 1,
+        "fusion"_a = "none", "rotary_width"_a = 0, "heads"_a = 1, "interleaved"_a = false, "gradients"_a = 1,
         "gradient_of_h"_a = false, "l2_bytes"_a = 0, "memory_bandwidth"_a = 0);
   m.def("fuses_rope", &rms::FusesRope, nb::kw_only(), "hidden"_a, "width"_a, "interleaved"_a, "x"_a,
         "dy"_a.none(),

@@ -282,6 +282,11 @@ __device__ __forceinline__ void WaitForPrimary() {
 #endif
 }
 
+// Fetches what is at an address to the L2 cache, if it is not there.
+__device__ __forceinline__ void PrefetchToL2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
 // Asynchronous copy of 4, 8 or 16 bytes, global to shared memory, without a register in between; of zeros if
 // not `inside`, whatever `global` is. kCached, and less than 16 bytes always: by way of the L1 cache.
 template <int kBytes, bool kCached = false>

@@ -12,12 +12,20 @@ namespace jax_rmsnorm {
 constexpr unsigned kFullMask = 0xffffffffu;
 constexpr int kMaxWarps = kMaxThreads / 32;
 
-// Over aligned runs of `lanes` lanes, a power of two. All 32 lanes of the warp must take part.
-__device__ __forceinline__ float SumLanes(float value, int lanes) {
+// Of several values, each in its place, over aligned runs of `lanes` lanes, a power of two. All 32 lanes of
+// the warp must take part.
+template <int kCount>
+__device__ __forceinline__ void SumLanes(float (&values)[kCount], int lanes) {
   for (int offset = lanes / 2; offset > 0; offset /= 2) {
-    value += __shfl_xor_sync(kFullMask, value, offset);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] += __shfl_xor_sync(kFullMask, values[i], offset);
   }
-  return value;
+}
+
+__device__ __forceinline__ float SumLanes(float value, int lanes) {
+  float values[1] = {value};
+  SumLanes(values, lanes);
+  return values[0];
 }
 
 template <int kLanes>

@@ -127,9 +127,13 @@ class PacketRing {
     stride_ = (blockDim.x + (kTail ? blockDim.x / 32 : 0)) * P::kAccess;
   }
 
-  // Starts the copy of the elements from `first` on into a place of the ring; of zeros if not `inside`.
+  // Starts the copy of the elements from `first`, or `from`, on into a place of the ring; of zeros if not
+  // `inside`.
   __device__ __forceinline__ void Copy(int place, int64_t first, bool inside) const {
-    CopyTo(At(place), tensor_ + first, inside);
+    CopyElements(place, tensor_ + first, inside);
+  }
+  __device__ __forceinline__ void CopyElements(int place, const T* from, bool inside) const {
+    CopyTo(At(place), from, inside);
   }
 
   // Likewise of another tensor.

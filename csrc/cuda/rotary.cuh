@@ -42,15 +42,17 @@ class RotaryPlaces {
   int64_t half_;
 };
 
-// kCount cosines or sines in float32.
+// kCount cosines and sines in float32, from element `at` of either on.
 template <int kCount>
-__device__ __forceinline__ void LoadAngles(const void* from, DType dtype, int64_t at,
-                                           float (&values)[kCount]) {
-  WithType(dtype, [&](auto tag) {
+__device__ __forceinline__ void LoadAngles(const Rotary& rotary, int64_t at, float (&cos)[kCount],
+                                           float (&sin)[kCount]) {
+  WithType(rotary.dtype, [&](auto tag) {
     using C = decltype(tag);
-    Packet<C, kCount> packet;
-    packet.Load(static_cast<const C*>(from) + at);
-    packet.Get(values);
+    Packet<C, kCount> of_cos, of_sin;
+    of_cos.Load(static_cast<const C*>(rotary.cos) + at);
+    of_sin.Load(static_cast<const C*>(rotary.sin) + at);
+    of_cos.Get(cos);
+    of_sin.Get(sin);
   });
 }
 

@@ -20,7 +20,11 @@ namespace jax_rmsnorm {
 // to it, does not take registers all along.
 template <typename T>
 __device__ __forceinline__ T Anew(T value) {
-  asm volatile("" : "+r"(value));
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(value));
+  } else {
+    asm volatile("" : "+r"(value));
+  }
   return value;
 }
 
