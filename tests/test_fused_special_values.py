@@ -109,3 +109,28 @@ def test_rms_norm_rope(where, dtype, other, layout):
     gamma = draw(4, hidden, jnp.float32)
     expected = assert_same_kinds(gradients, x, gamma, cos, sin, dy)
     assert where == "x" or any(np.isinf(e).any() for e in expected)  # x: inf · 0
+
+
+@pytest.mark.parametrize("what", ["cos", "rrms"])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_an_infinity_of_the_only_row(what, interleaved):
+    """Threads for which there is no row have nothing to do with its angle or reciprocal RMS."""
+    hidden = 128
+    shapes = ((1, 1, hidden), (hidden,), (1, hidden // 2), (1, hidden // 2), (1, 1, hidden))
+    x, gamma, cos, sin, dy = (draw(i, shape, jnp.float32) for i, shape in enumerate(shapes))
+    if what == "cos":
+        cos = cos.at[0, 0].set(jnp.inf)
+    else:
+        x *= 1e-30  # whose squares are zero
+
+    def dgamma(x, gamma, cos, sin, dy, implementation):
+        options = {"interleaved": interleaved, "implementation": implementation, "eps": 0.0}
+        return jax.vjp(lambda g: rms_norm_rope(x, g, cos, sin, **options), gamma)[1](dy)[0]
+
+    kernel, plain = (
+        jax.jit(functools.partial(dgamma, implementation=name))(x, gamma, cos, sin, dy)
+        for name in ("kernel", "xla")
+    )
+    assert np.isinf(plain).any()
+    assert not np.isnan(plain).any()
+    assert_same_kind(kernel, plain)

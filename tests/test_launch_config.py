@@ -426,7 +426,7 @@ def test_pairs_of_rotated_rows(rows, head_dim, sm_count, margin):
 
 
 @pytest.mark.parametrize(
-    ("hidden", "eager"), [(128, True), (5120, True), (4096, False), (8192, False)]
+    ("hidden", "eager"), [(3072, True), (5120, True), (4096, False), (8192, False)]
 )
 def test_what_is_loaded_early(hidden, eager):
     """A row's reciprocal RMS, where there is little under way."""

@@ -23,10 +23,10 @@ namespace jax_rmsnorm {
 // behind them the packets in flight, as many as the memory likes best. Where part of a warp has a row, the
 // sum of its lanes makes nobody wait, and row t is done with in turn t.
 //
-// A row's reciprocal RMS is loaded a turn ahead. Loaded after that turn's copies it comes after them, for
-// loads and copies are answered in order, and the wait for it keeps a block with much under way from asking
-// for more than its share. One with little (kEager) must not wait: it loads before the copies what it has had
-// fetched to the L2 cache some turns before.
+// A row's reciprocal RMS is loaded a turn ahead. Where the compiler places that load behind the turn's copies
+// it comes after them, for loads and copies are answered in order, and the wait for it keeps a block with
+// much under way from asking for more than its share. One with little (kEager) must not wait: it has had the
+// value fetched to the L2 cache some turns before, which also keeps the load in front of the copies.
 //
 // Preconditions: all tensors and rows are aligned to 16 bytes; the row fits, hidden <=
 // kSize * kPackets * threads_per_row * blocks of the cluster. Gradients beyond the first dy need kAdd.
@@ -188,14 +188,14 @@ __global__ __launch_bounds__(kScope == Scope::kLanes ? kLanesThreads : kMaxThrea
 
 template <typename T, typename D, int kSize, Fusion kFusion>
 auto FindBackwardAligned(const LaunchConfig& config) -> void (*)(BackwardParams) {
-  constexpr bool kEager = kFusion == Fusion::kNone;
+  constexpr bool kMayBeEager = kFusion == Fusion::kNone;
   if (config.scope == Scope::kLanes) {
-    return config.packets == 1   ? BackwardKernel<T, D, kSize, 1, Scope::kLanes, kFusion, kEager>
-           : config.packets == 2 ? BackwardKernel<T, D, kSize, 2, Scope::kLanes, kFusion, kEager>
+    return config.packets == 1   ? BackwardKernel<T, D, kSize, 1, Scope::kLanes, kFusion, kMayBeEager>
+           : config.packets == 2 ? BackwardKernel<T, D, kSize, 2, Scope::kLanes, kFusion, kMayBeEager>
                                  : BackwardKernel<T, D, kSize, 3, Scope::kLanes, kFusion>;
   }
   if (config.scope == Scope::kBlock) {
-    return config.eager ? BackwardKernel<T, D, kSize, 2, Scope::kBlock, kFusion, kEager>
+    return config.eager ? BackwardKernel<T, D, kSize, 2, Scope::kBlock, kFusion, kMayBeEager>
                         : BackwardKernel<T, D, kSize, 2, Scope::kBlock, kFusion>;
   }
   return config.packets == 2 ? BackwardKernel<T, D, kSize, 2, Scope::kCluster, kFusion>

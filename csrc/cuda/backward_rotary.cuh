@@ -14,7 +14,7 @@ namespace jax_rmsnorm {
 // heads a multiple of kRows; the row fits, hidden <= 2 * kSize * threads_per_row. In halves: hidden = width =
 // 2 * kSize * threads_per_row; else width is a multiple of kSize.
 template <typename T, typename D, int kSize, int kRows, bool kInterleaved>
-__global__ __launch_bounds__(kRotaryThreads[kRows],
+__global__ __launch_bounds__(kRotaryBackwardThreads[kRows],
                              1) void BackwardRotaryKernel(const __grid_constant__ BackwardParams params) {
   constexpr int kPackets = 2;
   constexpr int kTurn = kRows * kPackets;  // packets of a thread
@@ -79,26 +79,26 @@ __global__ __launch_bounds__(kRotaryThreads[kRows],
 
     // Angles and reciprocal RMS come while the rows before are worked on.
     float cos[kAngled][kAngles] = {}, sin[kAngled][kAngles] = {}, next_rrms[kRows] = {};
-    const auto load_angles = [&](int64_t of) {
+    // Of a row that there is, or else zeros: what a slot without a row multiplies with stays zero.
+    const auto load_angles = [&](int64_t of, bool has) {
       const int64_t angles = params.places.Start(of);
 #pragma unroll
       for (int k = 0; k < kAngled; ++k) {
         if (!has_angles(k)) continue;
-        LoadAngles(args.rotary, angles + (kInterleaved ? column[k] / 2 : column[k]), cos[k], sin[k]);
+        LoadAngles(args.rotary, angles + (kInterleaved ? column[k] / 2 : column[k]), cos[k], sin[k], has);
       }
     };
-    const auto load_rrms = [&](int64_t of) {
+    const auto load_rrms = [&](int64_t of, bool has) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         Packet<float, 1> packet;
-        packet.Load(args.rrms + of + r);
+        packet.Load(args.rrms + of + r, has);
         next_rrms[r] = __uint_as_float(packet.registers[0]);
       }
     };
-    // A slot without rows reads those of others.
-    int64_t row = own > 0 ? turns.row : turns.group * args.shape.rows;
-    load_angles(row);
-    load_rrms(row);
+    int64_t row = turns.row;
+    load_angles(row, own > 0);
+    load_rrms(row, own > 0);
 
     int from = 0;
 #pragma unroll 1
@@ -108,7 +108,7 @@ __global__ __launch_bounds__(kRotaryThreads[kRows],
       float rrms[kRows], sums[kRows];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) rrms[r] = next_rrms[r];
-      if (t + 1 < own) row += turns.step;
+      row += turns.step;
       WaitCopies<kAhead - 1>();
       copy(t + kAhead < own);
 
@@ -124,10 +124,11 @@ __global__ __launch_bounds__(kRotaryThreads[kRows],
             if (has_angles(k)) RotateNeighbours<true>(cos[k], sin[k], dy[r][k]);
           }
         }
-        if constexpr (!kInterleaved) RotateHalves(cos[0], sin[0], dy[r][1], dy[r][0]);  // back
+        if constexpr (!kInterleaved)
+          RotateHalves(cos[0], sin[0], dy[r][1], dy[r][0]);  // back: the other way round
       }
-      load_rrms(row);
-      load_angles(row);
+      load_rrms(row, t + 1 < own);
+      load_angles(row, t + 1 < own);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         sums[r] = 0.0f;

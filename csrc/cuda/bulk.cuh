@@ -134,7 +134,8 @@ class BulkSpan {
   int elements_, rest_ = 0;
 };
 
-// Fetches `count` numbers to the L2 cache, but for the last ones if they do not fill a granule.
+// Fetches `count` numbers to the L2 cache, in whole granules: with those in front of them in the first one,
+// and without those in a last one that they do not fill, which are in front of another block's.
 __device__ __forceinline__ void PrefetchBulk(const float* numbers, int count) {
 #if __CUDA_ARCH__ >= 900
   constexpr uint64_t kWithin = kGranule - 1;

@@ -100,9 +100,9 @@ constexpr int ForwardPackets(int64_t width, int64_t size) {
 // Turns that a ring copies ahead where a slot takes `rows` rows of a rotary embedding at a time.
 constexpr int kRotaryAhead[3] = {0, 2, 1};
 
-// Threads of a block of such a backward at the most, likewise: more have more under way than the memory
-// likes.
-constexpr int kRotaryThreads[3] = {0, kLanesThreads, 352};
+// Threads of a block of the rotary backward at the most, by the rows that a slot takes at a time: more of
+// them have more under way than the memory likes.
+constexpr int kRotaryBackwardThreads[3] = {0, kLanesThreads, 352};
 
 // Columns, in packets, of the widest tile of dgamma, a warp's, and of the narrowest, a sector of the L2
 // cache.
@@ -152,7 +152,7 @@ struct LaunchConfig {
   int cluster = 1;                 // blocks a row
   bool more_registers = false;     // kPlain: there are so few threads that each may have as many as it likes
   int ahead = 0;                   // rows that a ring copies ahead; 0: as RowsAhead says, or two
-  bool eager = false;              // of an aligned backward's kRing, see BackwardKernel
+  bool eager = false;              // a row's block of a backward's kRing, see BackwardKernel
   int64_t grid = 0;                // blocks; a multiple of `cluster`
   bool dependent = false;          // launched while the stream's last kernel ends, which it waits for
   int slots = 1;                   // kFew, kBulk: rows that a block takes at the same time

@@ -136,15 +136,16 @@ void TileDgamma(const Device& device, const Shape& shape, LaunchConfig* config) 
   config->tiles = tiles(packets);
 }
 
-// Threads of a block whose slots take two rows of a position at a time: with which the last turn is fullest,
-// or rather, with which no block has more rows than it must.
+// Threads of a block whose slots take two rows of a position at a time, unless there is no room for so many:
+// the fewest with which no block has more rows than with others. With fewer than 256 the arithmetic takes
+// longer than the memory.
 int ThreadsOfPairs(const Device& device, const Shape& shape, const LaunchConfig& config, int margin) {
   constexpr int kLeast = 256;
   const int64_t blocks =
       std::max<int64_t>(1, ResidentBlocks(device, 1, margin) / std::max<int64_t>(1, shape.groups));
   int best = 0;
   int64_t fewest = 0;
-  for (int threads = kLeast; threads <= kRotaryThreads[config.rows]; threads += kWarp) {
+  for (int threads = kLeast; threads <= kRotaryBackwardThreads[config.rows]; threads += kWarp) {
     const int64_t run = int64_t{threads} / config.threads_per_row * config.rows;
     const int64_t rows = CeilDiv(shape.rows, blocks * run) * run;
     if (best != 0 && rows >= fewest) continue;
@@ -206,8 +207,9 @@ LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x
     ring.Fill(&config, config.rows == 2   ? ThreadsOfPairs(device, shape, config, margin)
                        : lanes || windows ? kLanesThreads
                                           : kMaxThreads);
-    constexpr int64_t kEagerBytes = 48 * 1024;
-    config.eager = ring.Ahead(config) * ring.PlaceBytes(config) <= kEagerBytes;
+    constexpr int64_t kEagerBytes = 48 * 1024;  // under way: up to there it was faster
+    config.eager = config.scope == Scope::kBlock && fused.fusion == Fusion::kNone &&
+                   ring.Ahead(config) * ring.PlaceBytes(config) <= kEagerBytes;
   }
   const int64_t slots = bulk ? config.slots : config.block / config.threads_per_row;
   if (slots > 1) {

@@ -7,12 +7,12 @@
 namespace jax_rmsnorm {
 
 // gamma, of type G, of a thread's packets: from element `at` on, and `step` elements further for each, as far
-// as they are inside(k). Nothing is added where that is -0: any number stays as it is.
+// as they are inside(k). Where 1 is not to be added -0 is, with which any number stays as it is.
 template <typename G, int kSize, int kPackets, typename Inside>
 __device__ __forceinline__ void LoadGammas(const ForwardArgs& args, int64_t at, int step,
                                            const Inside& inside, float (&gamma)[kPackets][kSize]) {
   const bool present = args.gamma != nullptr;
-  const float more = present && !args.arithmetic.zero_centered_gamma ? -0.0f : 1.0f;
+  const float added = present && !args.arithmetic.zero_centered_gamma ? -0.0f : 1.0f;
   const G* from = static_cast<const G*>(args.gamma) + at;
   Packet<G, kSize> packets[kPackets];
 #pragma unroll
@@ -21,7 +21,7 @@ __device__ __forceinline__ void LoadGammas(const ForwardArgs& args, int64_t at, 
   for (int k = 0; k < kPackets; ++k) {
     packets[k].Get(gamma[k]);
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) gamma[k][i] += more;
+    for (int i = 0; i < kSize; ++i) gamma[k][i] += added;
   }
 }
 
@@ -36,7 +36,7 @@ __device__ __forceinline__ auto Flat(float (&values)[kPackets][kSize]) -> float 
 //
 // Preconditions: all rows, and those of cos and sin, are aligned to their packets; fewer than 2^31 rows, and
 // heads a multiple of kRows; the row fits, hidden <= kSize * kPackets * threads_per_row. In halves: width =
-// 2 * kSize * threads_per_row; else width is a multiple of kSize.
+// 2 * kSize * threads_per_row, and with two packets a thread hidden too; else width is a multiple of kSize.
 template <typename T, typename G, int kRows, int kPackets, bool kInterleaved>
 __global__ __launch_bounds__(kFusedThreads, kPackets == 2 ? 3 : 2) void ForwardRotaryKernel(
     const __grid_constant__ ForwardParams params) {

@@ -156,17 +156,18 @@ struct Ring {
   int64_t room;
   bool add = false;
 
+  // Turns that the ring of `config` copies ahead.
+  int Ahead(const LaunchConfig& config) const {
+    return config.rows > 1    ? kRotaryAhead[config.rows]
+           : config.ahead > 0 ? config.ahead
+                              : RowsAhead(config.scope, config.packets, add);
+  }
+
   // Shared memory for one row of each slot of a block of `config`.
   int64_t PlaceBytes(const LaunchConfig& config) const {
     // Where rows are not aligned, and have several warps, each of those needs the packet behind its own.
     const int packets = config.block + (aligned || config.scope == Scope::kLanes ? 0 : config.block / kWarp);
     return config.packets * packets * packet_bytes;
-  }
-
-  int Ahead(const LaunchConfig& config) const {
-    return config.rows > 1    ? kRotaryAhead[config.rows]
-           : config.ahead > 0 ? config.ahead
-                              : RowsAhead(config.scope, config.packets, add);
   }
 
   // The same for all rows of the ring.

@@ -22,6 +22,7 @@ __device__ __forceinline__ void SumLanes(float (&values)[kCount], int lanes) {
   }
 }
 
+// Of one value.
 __device__ __forceinline__ float SumLanes(float value, int lanes) {
   float values[1] = {value};
   SumLanes(values, lanes);

@@ -42,15 +42,15 @@ class RotaryPlaces {
   int64_t half_;
 };
 
-// kCount cosines and sines in float32, from element `at` of either on.
+// kCount cosines and sines in float32, from element `at` of either on; zeros if not `inside`.
 template <int kCount>
 __device__ __forceinline__ void LoadAngles(const Rotary& rotary, int64_t at, float (&cos)[kCount],
-                                           float (&sin)[kCount]) {
+                                           float (&sin)[kCount], bool inside = true) {
   WithType(rotary.dtype, [&](auto tag) {
     using C = decltype(tag);
     Packet<C, kCount> of_cos, of_sin;
-    of_cos.Load(static_cast<const C*>(rotary.cos) + at);
-    of_sin.Load(static_cast<const C*>(rotary.sin) + at);
+    of_cos.Load(static_cast<const C*>(rotary.cos) + at, inside);
+    of_sin.Load(static_cast<const C*>(rotary.sin) + at, inside);
     of_cos.Get(cos);
     of_sin.Get(sin);
   });

@@ -16,8 +16,8 @@
 
 namespace jax_rmsnorm {
 
-// The value itself, which the compiler takes for another each time: what is computed from it, where few get
-// to it, does not take registers all along.
+// The value itself, which the compiler takes for another each time: what is computed from it is computed
+// where it is used, and does not take registers all along.
 template <typename T>
 __device__ __forceinline__ T Anew(T value) {
   if constexpr (sizeof(T) == 8) {

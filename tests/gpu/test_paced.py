@@ -99,7 +99,7 @@ def test_add_and_rope():
     shape = (8, 4096, 16, 128)
     for fusion in ("add", "rotary"):
         config = _ffi.CUDA.module.backward_config(
-            rows=8 * 4096 * 16, hidden=128, fusion=fusion, rotary_width=128, **H200
+            rows=8 * 4096 * 16, hidden=128, fusion=fusion, rotary_width=128, heads=16, **H200
         )
         assert config["turn_ns"] > 0
     x, dy = large(shape, jnp.bfloat16)
