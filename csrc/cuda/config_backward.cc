@@ -75,15 +75,16 @@ void FillBulk(int64_t hidden, DType x, DType dy, int64_t room, LaunchConfig* con
   const int of_warp = std::max(1, kWarp / config->threads_per_row);
   int slots = config->scope == Scope::kCluster ? 1 : BulkThreads(config->packets) / config->threads_per_row;
   slots -= slots % of_warp;
-  const auto places = [&] { return BulkPlaces(*config, slots, hidden, config->width, x, dy, room); };
-  while (slots > of_warp && !places().Suffice(kAhead)) slots -= of_warp;
+  const auto places_of = [&](int n) { return BulkPlaces(*config, n, hidden, config->width, x, dy, room); };
+  BulkPlaces places = places_of(slots);
+  while (slots > of_warp && !places.Suffice(kAhead)) places = places_of(slots -= of_warp);
   config->method = Method::kBulk;
   config->slots = slots;
   config->block = slots * config->threads_per_row + kWarp;
-  config->places = static_cast<int>(places().count);
-  config->place_bytes = places().bytes;
-  config->x_bytes = places().x_bytes;
-  config->shared_memory = places().count * places().bytes + places().beyond;
+  config->places = static_cast<int>(places.count);
+  config->place_bytes = places.bytes;
+  config->x_bytes = places.x_bytes;
+  config->shared_memory = places.count * places.bytes + places.beyond;
 }
 
 LaunchConfig BackwardLayout(const Device& device, const Ring& ring, int64_t packets) {
@@ -136,21 +137,18 @@ void TileDgamma(const Device& device, const Shape& shape, LaunchConfig* config) 
   config->tiles = tiles(packets);
 }
 
-// Threads of a block whose slots take two rows of a position at a time, unless there is no room for so many:
-// the fewest with which no block has more rows than with others. With fewer than 256 the arithmetic takes
-// longer than the memory.
-int ThreadsOfPairs(const Device& device, const Shape& shape, const LaunchConfig& config, int margin) {
+// Threads of each of `blocks` blocks that share `rows` rows, and whose slots take two rows of a position at a
+// time, unless there is no room for so many: the fewest with which no block has more rows than with others.
+// With fewer than 256 the arithmetic takes longer than the memory.
+int ThreadsOfPairs(int64_t rows, int64_t blocks, const LaunchConfig& config) {
   constexpr int kLeast = 256;
-  const int64_t blocks =
-      std::max<int64_t>(1, ResidentBlocks(device, 1, margin) / std::max<int64_t>(1, shape.groups));
-  int best = 0;
-  int64_t fewest = 0;
-  for (int threads = kLeast; threads <= kRotaryBackwardThreads[config.rows]; threads += kWarp) {
+  const auto most_rows = [&](int threads) {
     const int64_t run = int64_t{threads} / config.threads_per_row * config.rows;
-    const int64_t rows = CeilDiv(shape.rows, blocks * run) * run;
-    if (best != 0 && rows >= fewest) continue;
-    best = threads;
-    fewest = rows;
+    return CeilDiv(rows, blocks * run) * run;
+  };
+  int best = kLeast;
+  for (int threads = kLeast + kWarp; threads <= kRotaryBackwardThreads[config.rows]; threads += kWarp) {
+    if (most_rows(threads) < most_rows(best)) best = threads;
   }
   return best;
 }
@@ -200,25 +198,25 @@ LaunchConfig ConfigureBackward(const Device& device, const Shape& shape, DType x
     return config;
   }
 
+  const int64_t resident = ResidentBlocks(device, config.cluster, margin);
+  const int64_t wanted = std::max<int64_t>(1, resident / std::max<int64_t>(1, shape.groups));
   const bool bulk = windows && device.bulk_copies;
   if (bulk) {
     FillBulk(shape.hidden, x, dy, room, &config);
   } else if (config.scope != Scope::kLoop) {
-    ring.Fill(&config, config.rows == 2   ? ThreadsOfPairs(device, shape, config, margin)
+    ring.Fill(&config, config.rows == 2   ? ThreadsOfPairs(shape.rows, wanted, config)
                        : lanes || windows ? kLanesThreads
                                           : kMaxThreads);
     constexpr int64_t kEagerBytes = 48 * 1024;  // under way: up to there it was faster
     config.eager = config.scope == Scope::kBlock && fused.fusion == Fusion::kNone &&
                    ring.Ahead(config) * ring.PlaceBytes(config) <= kEagerBytes;
   }
-  const int64_t slots = bulk ? config.slots : config.block / config.threads_per_row;
+  const int64_t slots = SlotsOf(config);
   if (slots > 1) {
     // At the end the slots of a block add up their columns of dgamma in shared memory.
     config.shared_memory = std::max(config.shared_memory, slots * shape.hidden * 4);
   }
-  const int64_t resident = ResidentBlocks(device, config.cluster, margin);
   const int64_t items = CeilDiv(shape.rows, slots * config.rows);
-  const int64_t wanted = std::max<int64_t>(1, resident / std::max<int64_t>(1, shape.groups));
   const int64_t most = partial_rows == 0 ? shape.rows : partial_rows;
   config.blocks_per_group = std::max<int64_t>(1, std::min({items, wanted, most}));
   // Several clusters of a group take rows of all shifts, other blocks those that lie alike.

@@ -177,7 +177,7 @@ LaunchConfig ConfigureForward(const Device& device, const Shape& shape, DType x,
   }
   config.aligned = ring.aligned;
   config.most_shared_memory = room;
-  const int64_t slots = config.block / config.threads_per_row;
+  const int64_t slots = SlotsOf(config);
   if (config.method == Method::kRing && ring.aligned) {
     const int64_t resident = ResidentBlocks(device, config.cluster, margin);
     config.blocks_per_group = std::max<int64_t>(

@@ -130,6 +130,11 @@ inline LaunchConfig RotaryLayout(int64_t hidden, int64_t width, const Fused& fus
   return config;
 }
 
+// Slots of a block of `config`; with bulk copies a warp is in none.
+inline int64_t SlotsOf(const LaunchConfig& config) {
+  return config.method == Method::kBulk ? config.slots : config.block / config.threads_per_row;
+}
+
 // The nanoseconds that a turn of the persistent blocks of `config` takes at the least, of which some have a
 // turn less than others: as long as it takes to move its part of `element_bytes` an element at `share` of the
 // specified bandwidth, which is as much as the memory gives (measured on an H200 and an H100). What is not
@@ -141,8 +146,7 @@ inline uint32_t TurnTime(const Device& device, const Shape& shape, const LaunchC
                        static_cast<double>(element_bytes);
   if (device.memory_bandwidth <= 0 || bytes <= static_cast<double>(kCaches * device.l2_bytes)) return 0;
   const int64_t clusters = config.grid / config.cluster;
-  const int64_t slots = config.method == Method::kBulk ? config.slots : config.block / config.threads_per_row;
-  const int64_t rows = slots * config.rows;  // of a cluster's turn
+  const int64_t rows = SlotsOf(config) * config.rows;  // of a cluster's turn
   const int64_t turns = CeilDiv(shape.groups * config.blocks_per_group, clusters) *
                         CeilDiv(shape.rows, config.blocks_per_group * rows);
   return static_cast<uint32_t>(bytes / (share * device.memory_bandwidth) / static_cast<double>(turns));
